@@ -1,0 +1,180 @@
+"""Which kernel runs: the only place where a backend is chosen, and where "why not" is known.
+
+Backends: "reference" (plain PyTorch, everywhere), "cpp" (C++ on the CPU), "triton" (GPUs; the CPU
+under Triton's interpreter), "cuda" (CUDA C++). A choice is made per call, in this order: the
+``backend`` argument, `use_backend`, the environment variable FASTGEN_BACKEND, the table AUTO.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import importlib
+import importlib.util
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+BACKENDS = ("reference", "cpp", "triton", "cuda")
+PACKAGE = Path(__file__).parent
+
+# The ops that have kernels and the file (stem) that each op's kernels live in, in every language.
+STEMS = {
+    "philox_bits": "philox",
+    "philox_normal": "philox",
+    "reparameterize": "reparameterize",
+    "group_norm_act": "group_norm_act",
+    "q_sample": "q_sample",
+    "diffusion_step": "diffusion_step",
+    "to_uint8": "to_uint8",
+    "attention": "attention",
+}
+
+# What "auto" tries, best first; an op that is not named takes the device's default.
+# attention: PyTorch's scaled_dot_product_attention is what there is, on every device.
+AUTO: dict[str, dict[str, tuple[str, ...]]] = {
+    "cpu": {"default": ("cpp", "reference"), "attention": ("reference",)},
+    "cuda": {"default": ("cuda", "triton", "reference"), "attention": ("reference",)},
+}
+
+_choice: contextvars.ContextVar[tuple[str, ...] | None] = contextvars.ContextVar("fastgen_backend", default=None)
+
+
+class BackendError(RuntimeError):
+    """A backend that was asked for cannot run. The message says why."""
+
+
+@contextlib.contextmanager
+def use_backend(*backends: str) -> Iterator[None]:
+    """Within the block every op runs on the first of ``backends`` that can run it.
+
+    Also takes one comma-separated string. Raises ValueError for an unknown name; an op that none
+    of them can run raises BackendError. In compiled code the choice is made while compiling.
+    """
+    token = _choice.set(_parse(",".join(backends), "use_backend"))
+    try:
+        yield
+    finally:
+        _choice.reset(token)
+
+
+@functools.lru_cache(maxsize=64)
+def _parse(text: str, source: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    unknown = [name for name in names if name not in BACKENDS]
+    if unknown or not names:
+        raise ValueError(f"{source}: unknown backend {', '.join(map(repr, unknown)) or text!r}; choose from {', '.join(BACKENDS)}")
+    return names
+
+
+def resolve(op: str, device: torch.device, backend: str | None = None) -> str:
+    """The backend that ``op`` runs on for tensors on ``device``; ``backend`` is the caller's argument."""
+    if backend is not None:
+        return _pick(op, device.type, _parse(backend, "backend"), "backend")
+    chosen = _choice.get()
+    if chosen is not None:
+        return _pick(op, device.type, chosen, "use_backend")
+    environment = os.environ.get("FASTGEN_BACKEND")
+    if environment:
+        return _pick(op, device.type, _parse(environment, "FASTGEN_BACKEND"), "FASTGEN_BACKEND")
+    return _auto(op, device.type)
+
+
+def _pick(op: str, device: str, backends: tuple[str, ...], source: str) -> str:
+    reasons = []
+    for name in backends:
+        reason = why_not(op, name, device)
+        if reason is None:
+            return name
+        reasons.append(f"{name}: {reason}")
+    raise BackendError(f"{source}={','.join(backends)}: {op} cannot run on {device} with it; {'; '.join(reasons)}")
+
+
+@functools.cache
+def _auto(op: str, device: str) -> str:
+    table = AUTO.get(device, {})
+    order = table.get(op, table.get("default", ("reference",)))
+    missed = []
+    for name in order:
+        reason = why_not(op, name, device)
+        if reason is None:
+            if missed and name == "reference":
+                warnings.warn(
+                    f"fastgen: {op} runs on plain PyTorch ({'; '.join(missed)}). `fastgen doctor` shows all.", stacklevel=3
+                )
+            return name
+        missed.append(f"{name}: {reason}")
+    return "reference"
+
+
+@functools.cache
+def _why_not(op: str, backend: str, device: str, interpreted: bool) -> str | None:
+    if backend == "reference":
+        return None
+    if backend in ("cpp", "cuda"):
+        wanted = "cpu" if backend == "cpp" else "cuda"
+        if device != wanted:
+            return f"it is for {wanted} tensors"
+        reason = library_error(wanted)
+        if reason is not None:
+            return reason
+        return None if _native(backend, op) is not None else "this op has no such kernel yet"
+    if importlib.util.find_spec(f"fastgen.kernels.{STEMS[op]}") is None:
+        return "this op has no such kernel yet"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device != "cuda" and not interpreted:
+        return "Triton needs a GPU (or TRITON_INTERPRET=1, for tests)"
+    return None
+
+
+def why_not(op: str, backend: str, device: str) -> str | None:
+    """None if ``backend`` can run ``op`` on tensors of device type ``device``, else the reason in words."""
+    if op not in STEMS:
+        raise KeyError(f"no op {op!r}; there are {', '.join(STEMS)}")
+    return _why_not(op, backend, device, os.environ.get("TRITON_INTERPRET") == "1")
+
+
+def _native(backend: str, op: str) -> Callable | None:
+    namespace = getattr(torch.ops, f"fastgen_{backend}")
+    return getattr(namespace, f"{op}_fwd", None)
+
+
+@functools.cache
+def kernel(op: str, function: str, backend: str) -> Callable[..., None]:
+    """The launcher ``function`` of ``op``: it fills the output tensors it is given. All backends share its signature."""
+    if backend == "triton":
+        return getattr(importlib.import_module(f"fastgen.kernels.{STEMS[op]}"), function)
+    library_error("cpu" if backend == "cpp" else "cuda")
+    return getattr(getattr(torch.ops, f"fastgen_{backend}"), function).default
+
+
+def build_info() -> dict[str, Any]:
+    """What the build wrote down about the two libraries: built or not, compiler, reason."""
+    file = PACKAGE / "_build_info.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+@functools.cache
+def library_error(kind: str) -> str | None:
+    """Loads the library of ``kind`` "cpu" or "cuda"; None when it is there, else why it is not."""
+    found = sorted(PACKAGE.glob(f"libfastgen_{kind}.*"))
+    if not found:
+        reason = build_info().get(kind, {}).get("reason", "the package was not built")
+        return f"the {kind} library is not built ({reason})"
+    if kind == "cuda" and not torch.cuda.is_available():
+        return "no CUDA GPU is visible to PyTorch"
+    try:
+        torch.ops.load_library(str(found[0]))
+    except OSError as error:
+        return f"the {kind} library does not load ({error})"
+    return None
+
+
+__all__ = ["AUTO", "BACKENDS", "BackendError", "build_info", "kernel", "library_error", "resolve", "use_backend", "why_not"]

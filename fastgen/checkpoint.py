@@ -1,0 +1,319 @@
+"""Checkpoints: a directory of `model.safetensors`, `config.json` and a SHA-256 `manifest.json`.
+
+A directory is written beside its final place, synced, and renamed: it is there whole or not at
+all. Loading verifies every file against the manifest. Nothing is ever a pickle. Directories
+written by diffusers (`UNet2DModel`, `DDPMPipeline`) load too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fastgen.diffusion.samplers import SamplingDefaults
+from fastgen.diffusion.schedules import DiffusionConfig
+from fastgen.errors import UsageError
+from fastgen.models import FAMILIES
+from fastgen.version import __version__
+
+FORMAT = 1
+WEIGHTS = Path(__file__).parent / "weights"
+STEP_PREFIX = "step-"
+
+
+def shipped_models() -> list[str]:
+    """The names of the models in the package, sorted."""
+    return sorted(p.parent.name for p in WEIGHTS.glob("*/config.json"))
+
+
+@contextlib.contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Yields a fresh directory beside ``path`` that takes its place when the block succeeds.
+
+    Files and folder are synced before the rename. Where the block fails, nothing is left behind
+    and what stood at ``path`` stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        work.chmod(0o777 & ~_umask())
+        yield work
+        for file in [*work.iterdir(), work]:
+            _fsync(file)
+        old = path.with_name(f".{path.name}-old")
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            path.rename(old)
+        work.rename(path)
+        _fsync(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _fsync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():
+        return  # Windows has no handle for a directory
+    fd = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256_310(f)
+
+
+def _sha256_310(f) -> str:
+    digest = hashlib.sha256()
+    for block in iter(lambda: f.read(1 << 20), b""):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def write_checkpoint(
+    directory: Path,
+    model: nn.Module,
+    *,
+    family: str,
+    preset: str,
+    weights: dict[str, Tensor] | None = None,
+    extra_config: dict[str, Any] | None = None,
+    extra_files: dict[str, dict[str, Tensor]] | None = None,
+) -> None:
+    """Writes a checkpoint into the existing, empty ``directory`` (use `atomic_directory`).
+
+    ``weights`` replaces the model's own state_dict (an EMA, say); ``extra_files`` are further
+    safetensors files, such as the state of a training run.
+    """
+    config = {
+        "format": FORMAT,
+        "fastgen": __version__,
+        "family": family,
+        "preset": preset,
+        "config": asdict(model.config),
+        "diffusion": asdict(model.diffusion),
+        "sampling": asdict(model.sampling),
+        **(extra_config or {}),
+    }
+    files = {"model.safetensors": weights if weights is not None else model.state_dict(), **(extra_files or {})}
+    for name, tensors in files.items():
+        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, directory / name)
+        (directory / name).chmod(0o666 & ~_umask())
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    manifest = {name: sha256(directory / name) for name in sorted([*files, "config.json"])}
+    (directory / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def save(model: nn.Module, path: str | Path, *, family: str = "unet", preset: str = "custom") -> None:
+    """Saves a model so that `load` reads it back: weights, configuration, manifest; atomically."""
+    with atomic_directory(Path(path)) as directory:
+        write_checkpoint(directory, model, family=family, preset=preset)
+
+
+def load(path_or_name: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> nn.Module:
+    """A model in eval mode, from a shipped name, a checkpoint, a training run or a diffusers directory.
+
+    The module has ``forward(x, t, class_labels=None)`` and carries ``config``, ``diffusion``
+    (how it was trained) and ``sampling`` (its defaults). Raises UsageError, a ValueError, that
+    says what is wrong: unknown name (with the nearest ones), files missing, altered or foreign.
+    """
+    directory = resolve(path_or_name)
+    config = read_json(directory / "config.json")
+    if "_class_name" in config:
+        model = _load_diffusers(directory, config)
+    else:
+        model = _load_fastgen(directory, config)
+    return model.to(device=device, dtype=dtype).eval()
+
+
+def resolve(path_or_name: str | Path) -> Path:
+    """The directory that a name or path stands for; a training run means its newest checkpoint."""
+    name = str(path_or_name)
+    if name in shipped_models():
+        return WEIGHTS / name
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if steps := checkpoints_of(path):
+            return steps[-1]
+        for candidate in (path, path / "unet"):
+            if (candidate / "config.json").is_file():
+                return candidate
+        raise UsageError(f"model: {name} holds no checkpoint (no config.json and no {STEP_PREFIX}* folder in it)")
+    if path.exists():
+        raise UsageError(f"model: {name} is a file; a checkpoint is a folder with config.json and model.safetensors")
+    near = difflib.get_close_matches(name, shipped_models(), n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(shipped_models()) or 'none shipped'}"
+    raise UsageError(f"model: no model or folder named {name!r}; {hint} (`fastgen models` lists them)")
+
+
+def checkpoints_of(run: Path) -> list[Path]:
+    """The whole checkpoints of a training run, oldest first."""
+    return sorted(p for p in run.glob(f"{STEP_PREFIX}*") if (p / "manifest.json").is_file())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UsageError(f"model: {path} is missing") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UsageError(f"model: {path} cannot be read as JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"model: {path} does not hold a JSON object")
+    return content
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise UsageError(f"model: {path} is missing") from None
+    except (SafetensorError, OSError) as error:
+        raise UsageError(f"model: {path} is not a whole safetensors file ({error})") from None
+
+
+def verify(directory: Path) -> None:
+    """Compares every file with the manifest; raises UsageError that names the first that differs."""
+    for name, expected in read_json(directory / "manifest.json").items():
+        file = directory / name
+        if not file.is_file():
+            raise UsageError(f"model: {file} is missing, though the manifest lists it; copy the whole folder again")
+        if sha256(file) != expected:
+            raise UsageError(f"model: {file} differs from its SHA-256 in manifest.json; it is damaged or was edited")
+
+
+def _load_fastgen(directory: Path, config: dict[str, Any]) -> nn.Module:
+    family = FAMILIES.get(config.get("family", ""))
+    if family is None or not isinstance(config.get("config"), dict):
+        raise UsageError(
+            f"model: {directory / 'config.json'} is not a fastgen checkpoint (family {config.get('family')!r}; "
+            f"known: {', '.join(FAMILIES)}), nor a diffusers one"
+        )
+    if config.get("format", 0) > FORMAT:
+        raise UsageError(f"model: {directory} has format {config['format']}; this fastgen reads up to {FORMAT}: upgrade it")
+    verify(directory)
+    model = family.network(
+        _dataclass(family.config, config["config"], directory),
+        _dataclass(DiffusionConfig, config.get("diffusion", {}), directory),
+        _dataclass(SamplingDefaults, config.get("sampling", {}), directory),
+    )
+    weights = {k: v.float() for k, v in read_tensors(directory / "model.safetensors").items()}
+    _load_weights(model, weights, directory)
+    return model
+
+
+def _dataclass(cls: type, values: dict[str, Any], directory: Path) -> Any:
+    try:
+        return cls(**values)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"model: {directory / 'config.json'}: {error}") from None
+
+
+def _load_weights(model: nn.Module, weights: dict[str, Tensor], directory: Path) -> None:
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        detail = " ".join(str(error).split())[:300]
+        raise UsageError(f"model: the weights in {directory} do not fit their configuration: {detail}") from None
+
+
+DIFFUSERS_LEGACY_KEYS = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+
+
+def _load_diffusers(directory: Path, config: dict[str, Any]) -> nn.Module:
+    """`UNet2DModel` from a diffusers directory, with the scheduler's configuration where it is beside it."""
+    if config["_class_name"] != "UNet2DModel":
+        raise UsageError(f"model: {directory} holds a diffusers {config['_class_name']}; only UNet2DModel is read")
+    file = directory / "diffusion_pytorch_model.safetensors"
+    if not file.is_file():
+        raise UsageError(f"model: {file} is missing (pickled .bin weights are not read: save with safe_serialization=True)")
+    weights = read_tensors(file)
+    for old, new in DIFFUSERS_LEGACY_KEYS.items():
+        weights = {k.replace(old, new): v for k, v in weights.items()}
+    scheduler = next(
+        (f for f in (directory / "scheduler_config.json", directory.parent / "scheduler" / "scheduler_config.json") if f.is_file()),
+        None,
+    )
+    family = FAMILIES["unet"]
+    model = family.network(
+        family.config(**_unet_from_diffusers(config)),
+        _diffusion_from_diffusers(read_json(scheduler)) if scheduler else DiffusionConfig(),
+    )
+    _load_weights(model, weights, directory)
+    return model
+
+
+def _unet_from_diffusers(config: dict[str, Any]) -> dict[str, Any]:
+    """diffusers' UNet2DModel configuration in our terms; UsageError for what has no equal here."""
+    down, up = config["down_block_types"], config["up_block_types"]
+    kinds = {"DownBlock2D": False, "AttnDownBlock2D": True, "UpBlock2D": False, "AttnUpBlock2D": True}
+    attention = [kinds.get(k) for k in down]
+    only = {
+        "act_fn": "silu", "time_embedding_type": "positional", "mid_block_scale_factor": 1, "center_input_sample": False,
+        "downsample_type": "conv", "upsample_type": "conv", "class_embed_type": None, "attn_norm_num_groups": None,
+        "num_class_embeds": None,
+    }  # fmt: skip
+    foreign = [f"{k}={config[k]!r}" for k, v in only.items() if config.get(k, v) != v]
+    if None in attention or attention != [kinds.get(k) for k in reversed(up)]:
+        foreign.append(f"down_block_types={down!r} with up_block_types={up!r}")
+    if foreign:
+        raise UsageError(f"model: this UNet2DModel uses what fastgen's U-Net has not: {'; '.join(foreign)}")
+    return {
+        "image_size": config.get("sample_size") or 32,
+        "in_channels": config["in_channels"],
+        "out_channels": config["out_channels"],
+        "channels": tuple(config["block_out_channels"]),
+        "layers_per_block": config["layers_per_block"],
+        "attention": tuple(attention),
+        "mid_attention": config.get("add_attention", True),
+        "head_dim": config.get("attention_head_dim", 8),
+        "num_groups": config.get("norm_num_groups", 32),
+        "norm_eps": config.get("norm_eps", 1e-5),
+        "dropout": config.get("dropout", 0.0),
+        "time_scale_shift": config.get("resnet_time_scale_shift", "default") == "scale_shift",
+        "downsample_padding": config.get("downsample_padding", 1),
+        "flip_sin_to_cos": config.get("flip_sin_to_cos", True),
+        "freq_shift": config.get("freq_shift", 0),
+    }
+
+
+def _diffusion_from_diffusers(config: dict[str, Any]) -> DiffusionConfig:
+    names = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
+    predictions = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
+    schedule, prediction = config.get("beta_schedule", "linear"), config.get("prediction_type", "epsilon")
+    if schedule not in names or prediction not in predictions:
+        raise UsageError(f"model: scheduler with beta_schedule={schedule!r}, prediction_type={prediction!r} is not known here")
+    return DiffusionConfig(
+        schedule=names[schedule],
+        timesteps=config.get("num_train_timesteps", 1000),
+        beta_start=config.get("beta_start", 1e-4),
+        beta_end=config.get("beta_end", 0.02),
+        prediction=predictions[prediction],
+        clip=config.get("clip_sample_range", 1.0) if config.get("clip_sample", True) else None,
+    )
+
+

@@ -1,0 +1,24 @@
+"""The families of models. Adding one: a file here, a line in FAMILIES, a row in tests/models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from fastgen.models import unet
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family: its frozen configuration class, its network and its named configurations."""
+
+    config: type
+    network: type[nn.Module]
+    presets: dict[str, Any]
+
+
+FAMILIES: dict[str, Family] = {
+    "unet": Family(unet.UNetConfig, unet.UNet, unet.PRESETS),
+}

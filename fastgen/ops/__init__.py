@@ -1,0 +1,37 @@
+"""The fused operations: each file holds an equation, its public function, its plain PyTorch reference and its registration."""
+
+from fastgen.ops.activations import ACTIVATIONS
+from fastgen.ops.attention import attention, attention_reference
+from fastgen.ops.diffusion_step import diffusion_step, diffusion_step_reference
+from fastgen.ops.group_norm_act import group_norm_act, group_norm_act_reference
+from fastgen.ops.philox import (
+    Stream,
+    philox_bits,
+    philox_bits_reference,
+    philox_normal,
+    philox_normal_reference,
+)
+from fastgen.ops.q_sample import q_sample, q_sample_reference
+from fastgen.ops.reparameterize import reparameterize, reparameterize_reference
+from fastgen.ops.to_uint8 import to_uint8, to_uint8_reference
+
+__all__ = [
+    "ACTIVATIONS",
+    "Stream",
+    "attention",
+    "attention_reference",
+    "diffusion_step",
+    "diffusion_step_reference",
+    "group_norm_act",
+    "group_norm_act_reference",
+    "philox_bits",
+    "philox_bits_reference",
+    "philox_normal",
+    "philox_normal_reference",
+    "q_sample",
+    "q_sample_reference",
+    "reparameterize",
+    "reparameterize_reference",
+    "to_uint8",
+    "to_uint8_reference",
+]

@@ -1,0 +1,160 @@
+"""How an op becomes `torch.ops.fastgen.<name>`: once, with its fake kernel, gradient and autocast rule.
+
+An op is functional: it takes and returns tensors and mutates nothing. Its forward allocates the
+outputs and hands them to the kernel of the chosen backend. In eager mode on plain tensors,
+`FusedOp.__call__` goes around the dispatcher (the same kernels and the same gradient formula, at
+a third of the overhead); everything else, from torch.compile to functorch, sees the dispatcher op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LIB = torch.library.Library("fastgen", "DEF")  # noqa: TOR901 - lives as long as the process
+_AUTOGRAD_KEYS = tuple(
+    getattr(torch._C.DispatchKey, name) for name in ("AutogradFunctionality", "AutogradOther", "AutogradCPU", "AutogradCUDA")
+    if hasattr(torch._C.DispatchKey, name)
+)  # fmt: skip
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+class FusedOp:
+    """One dispatcher op. ``schema`` names it; ``forward`` runs it on real tensors; ``fake`` on shapes.
+
+    ``setup_context(ctx, inputs, output)`` and ``backward(ctx, *grads)`` are the gradient formula in
+    the manner of torch.autograd.Function; without them the op is not differentiable.
+    ``autocast(*args)`` returns the arguments that the op should see under autocast; by default the
+    floating tensors among them keep their dtypes, since kernels compute in fp32 whatever comes in.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        forward: Callable,
+        fake: Callable,
+        setup_context: Callable | None = None,
+        backward: Callable | None = None,
+        autocast: Callable[..., Sequence[Any]] | None = None,
+    ) -> None:
+        self.name = schema.split("(", 1)[0]
+        self.forward = forward
+        LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        LIB.impl(self.name, forward, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fastgen::{self.name}", fake, lib=LIB)
+        if backward is not None:
+            torch.library.register_autograd(f"fastgen::{self.name}", backward, setup_context=setup_context, lib=LIB)
+        self.op = getattr(torch.ops.fastgen, self.name).default
+        self._register_autocast(autocast or (lambda *args: args))
+        self.function = None if backward is None else _autograd_function(self.name, forward, setup_context, backward)
+
+    def _register_autocast(self, rule: Callable[..., Sequence[Any]]) -> None:
+        for device in ("CPU", "CUDA"):
+            keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device}"))
+
+            def cast(*args: Any, _keys: torch._C.DispatchKeySet = keys) -> Any:
+                with torch._C._ExcludeDispatchKeyGuard(_keys):
+                    return self.op(*rule(*args))
+
+            LIB.impl(self.name, cast, f"Autocast{device}")
+
+    def __call__(self, *args: Any) -> Any:
+        if torch.compiler.is_compiling() or not _is_plain(args):
+            return self.op(*args)
+        if self.function is not None and torch.is_grad_enabled() and _any_requires_grad(args):
+            return self.function.apply(*args)
+        return self.forward(*args)
+
+
+def _is_plain(args: Sequence[Any]) -> bool:
+    """Whether the dispatcher may be gone around: ordinary tensors on cpu or cuda and no mode active."""
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    device = None
+    for a in args:
+        if isinstance(a, Tensor):
+            if type(a) not in _PLAIN:
+                return False
+            device = a.device.type
+            if device not in ("cpu", "cuda"):
+                return False
+    return device is not None and not torch.is_autocast_enabled(device)
+
+
+def _any_requires_grad(args: Sequence[Any]) -> bool:
+    return any(isinstance(a, Tensor) and a.requires_grad for a in args)
+
+
+def _autograd_function(name: str, forward: Callable, setup_context: Callable, backward: Callable) -> type:
+    def function_forward(ctx: Any, *args: Any) -> Any:
+        ctx.set_materialize_grads(False)
+        output = forward(*args)
+        setup_context(ctx, args, output)
+        return output
+
+    return type(
+        f"{name}_function",
+        (torch.autograd.Function,),
+        {"forward": staticmethod(function_forward), "backward": staticmethod(backward)},
+    )
+
+
+def vjp(fn: Callable, inputs: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Gradients of plain PyTorch ``fn(*inputs)`` for each input, given those of its outputs.
+
+    Under grad mode the result can be differentiated again, to any order: it is how a backward op
+    gets its own gradient. Inputs that are None or not floating get None.
+    """
+    again = torch.is_grad_enabled()
+    # Inside a dispatcher kernel the autograd keys are excluded, and enable_grad alone records nothing.
+    exclude = torch._C._dispatch_tls_local_exclude_set()
+    for key in _AUTOGRAD_KEYS:
+        exclude = exclude.remove(key)
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), exclude), torch.enable_grad():
+        leaves = [
+            x if x is None or not x.is_floating_point() or (again and x.requires_grad) else x.detach().requires_grad_()
+            for x in inputs
+        ]
+        outputs = fn(*leaves)
+        outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+        pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o is not None and o.requires_grad]
+        wanted = [x for x in leaves if x is not None and x.is_floating_point()]
+        if not pairs:
+            return [None] * len(inputs)
+        outs, outer = zip(*pairs, strict=True)
+        found = iter(torch.autograd.grad(outs, wanted, outer, create_graph=again, allow_unused=True))
+    return [next(found) if x is not None and x.is_floating_point() else None for x in leaves]
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that statistics and coefficients are held in: fp64 for fp64, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def layout(x: Tensor) -> torch.memory_format:
+    """The layout a kernel keeps for x: channels last (4-d, 5-d) where x is dense in it, else contiguous."""
+    if not x.is_contiguous():
+        if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+            return torch.channels_last
+        if x.ndim == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):
+            return torch.channels_last_3d
+    return torch.contiguous_format
+
+
+def dense(x: Tensor | None, like: Tensor | None = None) -> Tensor | None:
+    """x without gaps: in its own layout, or with ``like`` in that tensor's layout and dtype. A copy only if needed."""
+    if x is None:
+        return None
+    if like is None:
+        return x.contiguous(memory_format=layout(x))
+    return x.to(like.dtype).contiguous(memory_format=layout(like))
+
+
+def empty_like(x: Tensor) -> Tensor:
+    """The fake of an output that takes x's shape, dtype and layout, as `dense(x)` would have it."""
+    return torch.empty_like(x, memory_format=layout(x))

