@@ -4,7 +4,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/Dispatch_v2.h>
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
@@ -46,22 +45,50 @@ struct Rows {
   int64_t images, size, inner, row_stride, inner_stride;
 };
 
-inline Rows rows_of(const Tensor& x) {
+// A piece of one row of one image: count elements, the first at memory offset, with logical index first.
+struct Span {
+  int64_t image, first, count, offset, stride;
+};
+
+constexpr int64_t kSpan = 512;
+
+// Calls body(Span) for pieces of at most kSpan elements that together cover every image, in parallel.
+template <typename F>
+void for_spans(const Rows& r, const F& body) {
+  if (r.images * r.size == 0) return;
+  const int64_t pieces = (r.inner + kSpan - 1) / kSpan, lines = r.size / r.inner;
+  torch::stable::parallel_for(0, r.images * lines * pieces, 32, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t image = i / (lines * pieces), line = i / pieces % lines, start = i % pieces * kSpan;
+      body(Span{image, line * r.inner + start, std::min(kSpan, r.inner - start),
+                image * r.size + line * r.row_stride + start * r.inner_stride, r.inner_stride});
+    }
+  });
+}
+
+inline Rows flat(const Tensor& x) {
   const int64_t n = x.size(0), size = n == 0 ? 0 : x.numel() / n;
-  if (x.is_contiguous()) return {n, size, size, 0, 1};
-  const int64_t c = x.size(1);
+  return {n, size, size, 0, 1};
+}
+
+// Rows in memory order where only position by position matters; in logical order where noise is drawn.
+inline Rows rows_of(const Tensor& x) {
+  if (x.is_contiguous()) return flat(x);
+  const int64_t n = x.size(0), c = x.size(1), size = x.numel() / n;
   return {n, size, size / c, 1, c};
 }
 
+// Calls f(T{}) with T the tensor's dtype: fp32, fp64, fp16 or bf16. f: [&](auto zero) { using T = decltype(zero); … }
 template <typename F>
-void parallel(int64_t n, int64_t grain, const F& f) {
-  torch::stable::parallel_for(0, n, grain, f);
+void for_dtype(const Tensor& t, const char* op, const F& f) {
+  using torch::headeronly::ScalarType;
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return f(float{});
+    case ScalarType::Double: return f(double{});
+    case ScalarType::Half: return f(torch::headeronly::Half{});
+    case ScalarType::BFloat16: return f(torch::headeronly::BFloat16{});
+    default: STD_TORCH_CHECK(false, op, ": tensors must be fp32, fp64, fp16 or bf16");
+  }
 }
 
 }  // namespace fastgen
-
-// Runs the body with scalar_t bound to the tensor's dtype: fp32, fp64, fp16, bf16.
-#define FASTGEN_FLOATING(dtype, name, ...)                                                     \
-  THO_DISPATCH_V2(dtype, name, AT_WRAP(__VA_ARGS__), torch::headeronly::ScalarType::Float,     \
-                  torch::headeronly::ScalarType::Double, torch::headeronly::ScalarType::Half,  \
-                  torch::headeronly::ScalarType::BFloat16)

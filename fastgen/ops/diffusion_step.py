@@ -132,7 +132,7 @@ def _forward(
     x_t = dense(x_t)
     x_next, kept = _fake(x_t, model_out, coefficients, step, guidance, clip, history, keep, noise, seeds)
     launch = backends.kernel("diffusion_step", "diffusion_step_fwd", backend)
-    guidance = None if guidance is None else guidance.float().contiguous()
+    guidance = None if guidance is None else guidance.to(wide(x_t.dtype)).contiguous()
     model_out = model_out.contiguous(memory_format=layout(x_t))
     history, noise = dense(history, like=x_t), dense(noise, like=x_t)
     launch(

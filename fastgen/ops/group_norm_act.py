@@ -12,6 +12,7 @@ Instance norm is num_groups = C. Legend: N batch, C channels, C2 of the skip sou
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -98,7 +99,7 @@ def _per_channel(p: Tensor, x: Tensor) -> Tensor:
 def _statistics(x: Tensor, skip: Tensor | None, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
     """mean and 1/sqrt(var + eps) of each group, [N, G], in at least fp32."""
     h = (x if skip is None else torch.cat([x, skip.to(x.dtype)], dim=1)).to(wide(x.dtype))
-    var, mean = torch.var_mean(h.reshape(len(h), num_groups, -1), dim=2, correction=0)
+    var, mean = torch.var_mean(h.reshape(len(h), num_groups, math.prod(h.shape[1:]) // num_groups), dim=2, correction=0)
     return mean, (var + eps).rsqrt()
 
 

@@ -10,6 +10,7 @@ Legend: N samples, * any latent shape.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ def reparameterize_reference(
         noise = philox_normal_reference(seeds, mu.shape[1:], 0, Stream.REPARAMETERIZE)
     m, v = mu.to(wide(mu.dtype)), logvar.to(wide(mu.dtype))
     z = (m + (v / 2).exp() * noise.to(m.dtype)).to(mu.dtype)
-    return z, 0.5 * (v.exp() + m.square() - 1 - v).reshape(len(m), -1).sum(1)
+    return z, 0.5 * (v.exp() + m.square() - 1 - v).reshape(len(m), math.prod(m.shape[1:])).sum(1)
 
 
 def _forward(

@@ -1,0 +1,284 @@
+"""What tests and benchmarks share: one table of inputs per op, and the tolerance rule.
+
+An `OpCase` makes the keyword arguments of one call. Every op has three functions to call with
+them: the public one, its reference, and `EAGER[op]`, what a user would write in plain PyTorch in
+the same dtype, whose error is the yardstick and whose time is the baseline.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgen import ops
+from fastgen.diffusion.schedules import DiffusionConfig, forward_table
+from fastgen.ops.activations import ACTIVATIONS
+
+Inputs = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class OpCase:
+    """One call of an op. ``make(generator)`` returns fp64 CPU inputs; `inputs` casts and moves them.
+
+    differentiable: the arguments that take gradients. images: those that exist in both layouts.
+    bench: a realistic size, for benchmarks only.
+    """
+
+    op: str
+    label: str
+    make: Callable[[torch.Generator], Inputs]
+    differentiable: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()
+    bench: bool = False
+
+    def inputs(
+        self, dtype: torch.dtype = torch.float32, device: str = "cpu", channels_last: bool = False, seed: int = 0
+    ) -> Inputs:
+        """The keyword arguments, the same values for the same seed; fp32 tables and integers keep their dtype."""
+        made = self.make(torch.Generator().manual_seed(seed))
+        out: Inputs = {}
+        for name, value in made.items():
+            if isinstance(value, Tensor):
+                value = value.to(device, dtype if value.dtype == torch.float64 else None)
+                if channels_last and name in self.images and value.ndim == 4:
+                    value = value.contiguous(memory_format=torch.channels_last)
+                if name in self.differentiable:
+                    value.requires_grad_()
+            out[name] = value
+        return out
+
+    def __str__(self) -> str:
+        return self.label
+
+
+def tolerance(reference: Tensor, eager_error: float, dtype: torch.dtype) -> float:
+    """The rule: 2 × eager PyTorch's error in the same dtype + 4·u·max|ref|, u half the dtype's eps."""
+    scale = reference.abs().max().item() if reference.numel() else 0.0
+    return 2 * eager_error + 4 * torch.finfo(dtype).eps / 2 * scale
+
+
+def max_error(actual: Tensor, reference: Tensor) -> float:
+    """max |actual - reference| in fp64; inf where one is NaN and the other is not, or where shapes differ."""
+    if actual.shape != reference.shape:
+        return math.inf
+    a, r = actual.double(), reference.double()
+    if not torch.equal(a.isnan(), r.isnan()):
+        return math.inf
+    return (a - r).nan_to_num(0.0).abs().max().item() if a.numel() else 0.0
+
+
+def _normal(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def _seeds(n: int) -> Tensor:
+    return torch.arange(n) * 7919 - (1 << 40)  # negative and beyond 32 bits: both halves of the key count
+
+
+def _shape(*sizes: int) -> str:
+    return "x".join(map(str, sizes))
+
+
+def _reparameterize(*shape: int, seeded: bool = False, bench: bool = False) -> OpCase:
+    def make(g: torch.Generator) -> Inputs:
+        source = {"seeds": _seeds(shape[0])} if seeded else {"noise": _normal(g, *shape)}
+        return {"mu": _normal(g, *shape), "logvar": _normal(g, *shape), **source}
+
+    label = f"{_shape(*shape)}-{'seeds' if seeded else 'noise'}"
+    differentiable = ("mu", "logvar") if seeded else ("mu", "logvar", "noise")
+    return OpCase("reparameterize", label, make, differentiable, ("mu", "logvar", "noise"), bench)
+
+
+def _q_sample(*shape: int, seeded: bool = False, bench: bool = False) -> OpCase:
+    table = forward_table(DiffusionConfig(timesteps=50))
+
+    def make(g: torch.Generator) -> Inputs:
+        source = {"seeds": _seeds(shape[0])} if seeded else {"noise": _normal(g, *shape)}
+        t = torch.randint(len(table), (shape[0],), generator=g)
+        return {"x0": _normal(g, *shape), "t": t, "table": table, **source}
+
+    label = f"{_shape(*shape)}-{'seeds' if seeded else 'noise'}"
+    return OpCase("q_sample", label, make, ("x0",) if seeded else ("x0", "noise"), ("x0", "noise"), bench)
+
+
+def _diffusion_step(
+    *shape: int, guidance: str | None = None, clip: float | None = None, history: bool = False, keep: str | None = None,
+    noise: str | None = "noise", bench: bool = False,
+) -> OpCase:  # fmt: skip
+    def make(g: torch.Generator) -> Inputs:
+        made: Inputs = {"x_t": _normal(g, *shape)}
+        made["model_out"] = _normal(g, shape[0] * (2 if guidance else 1), *shape[1:])
+        made["coefficients"] = torch.rand((5, 9), generator=g) + 0.25
+        made["step"] = torch.tensor(3)
+        if guidance:
+            made["guidance"] = torch.rand(shape[:1] if guidance == "each" else (), generator=g, dtype=torch.float64) + 1
+        made |= {"clip": clip, "keep": keep}
+        if history:
+            made["history"] = _normal(g, *shape)
+        if noise:
+            made |= {"noise": _normal(g, *shape)} if noise == "noise" else {"seeds": _seeds(shape[0])}
+        return made
+
+    parts = [_shape(*shape), guidance and f"guidance-{guidance}", clip and "clip", history and "history", keep, noise]
+    images = ("x_t", "model_out", "history", "noise")
+    differentiable = ("x_t", "model_out", "guidance", "history", "noise")
+    return OpCase("diffusion_step", "-".join(p for p in parts if p), make, differentiable, images, bench)
+
+
+def _group_norm_act(
+    *shape: int, groups: int, act: str = "silu", affine: bool = True, scale_shift: bool = False, skip: int = 0, bench: bool = False
+) -> OpCase:
+    def make(g: torch.Generator) -> Inputs:
+        n, c = shape[0], shape[1] + skip
+        made: Inputs = {"x": _normal(g, *shape) * 2 + 1, "num_groups": groups, "eps": 1e-5, "act": act}
+        if affine:
+            made |= {"weight": _normal(g, c), "bias": _normal(g, c)}
+        if scale_shift:
+            made |= {"scale": _normal(g, n, c), "shift": _normal(g, n, c)}
+        if skip:
+            made["skip"] = _normal(g, n, skip, *shape[2:]) - 1
+        return made
+
+    parts = [_shape(*shape), f"g{groups}", act, None if affine else "plain", scale_shift and "adagn", skip and f"skip{skip}"]
+    differentiable = ("x", "weight", "bias", "scale", "shift", "skip")
+    return OpCase("group_norm_act", "-".join(p for p in parts if p), make, differentiable, ("x", "skip"), bench)
+
+
+def _to_uint8(*shape: int, bench: bool = False) -> OpCase:
+    return OpCase("to_uint8", _shape(*shape), lambda g: {"x": _normal(g, *shape)}, (), ("x",), bench)
+
+
+def _attention(n: int, h: int, length: int, d: int, causal: bool = False, bench: bool = False) -> OpCase:
+    def make(g: torch.Generator) -> Inputs:
+        return {name: _normal(g, n, h, length, d) for name in "qkv"} | {"causal": causal}
+
+    label = _shape(n, h, length, d) + ("-causal" if causal else "")
+    return OpCase("attention", label, make, ("q", "k", "v"), (), bench)
+
+
+def _philox_normal(n: int, *shape: int, bench: bool = False) -> OpCase:
+    def make(g: torch.Generator) -> Inputs:
+        return {"seeds": _seeds(n), "shape": shape, "step": 5, "stream": int(ops.Stream.STEP)}
+
+    return OpCase("philox_normal", _shape(n, *shape), make, bench=bench)
+
+
+# Sizes that no block divides, one channel, one element, an empty batch; then, for benchmarks, real ones.
+CASES: dict[str, list[OpCase]] = {
+    "reparameterize": [
+        _reparameterize(3, 5), _reparameterize(2, 37, seeded=True), _reparameterize(2, 4, 5, 7, seeded=True),
+        _reparameterize(2, 1200), _reparameterize(1, 1), _reparameterize(0, 8), _reparameterize(2, 3, 5, 1, seeded=True),
+        _reparameterize(4096, 512, seeded=True, bench=True), _reparameterize(64, 4, 64, 64, seeded=True, bench=True),
+    ],
+    "q_sample": [
+        _q_sample(3, 2, 5, 7), _q_sample(3, 2, 5, 7, seeded=True), _q_sample(2, 1, 1, 1), _q_sample(0, 1, 4, 4),
+        _q_sample(2, 1030, seeded=True), _q_sample(5, 3, 9, 11, seeded=True),
+        _q_sample(128, 3, 32, 32, seeded=True, bench=True), _q_sample(16, 3, 256, 256, seeded=True, bench=True),
+    ],
+    "diffusion_step": [
+        _diffusion_step(3, 2, 5, 7), _diffusion_step(3, 2, 5, 7, clip=1.0, noise="seeds", keep="x0"),
+        _diffusion_step(2, 3, 9, 11, guidance="one", clip=1.0, noise=None),
+        _diffusion_step(3, 1, 5, 3, guidance="each", history=True, keep="eps", noise="seeds"),
+        _diffusion_step(2, 1100, clip=0.5, history=True, keep="x0"), _diffusion_step(0, 1, 4, 4),
+        _diffusion_step(16, 3, 256, 256, clip=1.0, noise="seeds", bench=True),
+        _diffusion_step(64, 3, 32, 32, guidance="one", clip=1.0, noise="seeds", bench=True),
+    ],
+    "group_norm_act": [
+        _group_norm_act(2, 8, 5, 3, groups=4), _group_norm_act(2, 6, 5, 7, groups=2, scale_shift=True, skip=2),
+        _group_norm_act(1, 1, 1, 3, groups=1), _group_norm_act(2, 6, 4, 4, groups=6, affine=False, act="relu"),
+        _group_norm_act(3, 4, 9, groups=2, act="gelu", skip=8), _group_norm_act(2, 12, groups=3, act="tanh"),
+        _group_norm_act(0, 8, 4, 4, groups=2), _group_norm_act(1, 10, 41, 43, groups=5, scale_shift=True),
+        *(_group_norm_act(2, 4, 3, 5, groups=2, act=act) for act in ACTIVATIONS if act != "silu"),
+        _group_norm_act(4, 128, 64, 64, groups=32, bench=True), _group_norm_act(4, 256, 16, 16, groups=32, bench=True),
+        _group_norm_act(1, 128, 256, 256, groups=32, bench=True),
+        _group_norm_act(4, 256, 32, 32, groups=32, scale_shift=True, skip=128, bench=True),
+    ],
+    "to_uint8": [
+        _to_uint8(2, 3, 5, 7), _to_uint8(1, 1, 1, 1), _to_uint8(0, 3, 4, 4), _to_uint8(2, 4, 33, 31),
+        _to_uint8(16, 3, 256, 256, bench=True), _to_uint8(64, 3, 64, 64, bench=True),
+    ],
+    "attention": [
+        _attention(2, 3, 17, 8), _attention(1, 2, 9, 5, causal=True), _attention(1, 1, 1, 1),
+        _attention(4, 32, 256, 8, bench=True), _attention(4, 8, 256, 32, bench=True), _attention(4, 4, 1024, 64, bench=True),
+    ],
+    "philox_normal": [
+        _philox_normal(3, 2, 5, 7), _philox_normal(1, 1), _philox_normal(0, 4), _philox_normal(2, 1030),
+        _philox_normal(16, 3, 256, 256, bench=True),
+    ],
+}  # fmt: skip
+
+
+def cases(op: str, *, bench: bool = False) -> list[OpCase]:
+    """The cases of an op: the small ones for tests, or with ``bench`` the realistic ones."""
+    return [case for case in CASES[op] if case.bench == bench]
+
+
+# What a user would write in plain PyTorch, in the tensors' own dtype.
+
+
+def _noise_like(x: Tensor, noise: Tensor | None) -> Tensor:
+    return torch.randn_like(x) if noise is None else noise
+
+
+def _eager_reparameterize(mu: Tensor, logvar: Tensor, noise: Tensor | None = None, seeds: Any = None) -> tuple[Tensor, Tensor]:
+    z = mu + torch.exp(0.5 * logvar) * _noise_like(mu, noise)
+    return z, -0.5 * (1 + logvar - mu.pow(2) - logvar.exp()).flatten(1).sum(1)
+
+
+def _eager_q_sample(x0: Tensor, t: Tensor, table: Tensor, noise: Tensor | None = None, seeds: Any = None) -> tuple[Tensor, Tensor]:
+    noise = _noise_like(x0, noise)
+    a, b = table[t].to(x0.dtype).reshape(len(t), 2, *[1] * (x0.ndim - 1)).unbind(1)
+    return a * x0 + b * noise, noise
+
+
+def _eager_diffusion_step(
+    x_t: Tensor, model_out: Tensor, coefficients: Tensor, step: Tensor, *, guidance: Any = None, clip: Any = None,
+    history: Any = None, keep: Any = None, noise: Any = None, seeds: Any = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    p0, p1, p2, p3, q0, q1, q2, q3, q4 = coefficients[step].to(x_t.dtype)
+    m = model_out
+    if guidance is not None:
+        uncond, cond = m.chunk(2)
+        m = uncond + guidance.reshape(-1, *[1] * (x_t.ndim - 1)) * (cond - uncond)
+    x0, eps = p0 * x_t + p1 * m, p2 * x_t + p3 * m
+    x0 = x0 if clip is None else x0.clamp(-clip, clip)
+    y = q0 * x_t + q1 * x0 + q2 * eps
+    y = y if history is None else y + q3 * history
+    if noise is not None or seeds is not None:
+        y = y + q4 * _noise_like(x_t, noise)
+    return y, {None: None, "x0": x0, "eps": eps}[keep]
+
+
+def _eager_group_norm_act(
+    x: Tensor, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, act: str = "silu",
+    scale: Any = None, shift: Any = None, skip: Any = None,
+) -> Tensor:  # fmt: skip
+    x = x if skip is None else torch.cat([x, skip], dim=1)
+    y = F.group_norm(x, num_groups, weight, bias, eps)
+    if scale is not None:
+        y = y * (1 + scale.reshape(*scale.shape, *[1] * (x.ndim - 2)))
+    if shift is not None:
+        y = y + shift.reshape(*shift.shape, *[1] * (x.ndim - 2))
+    return ACTIVATIONS[act][1](y)
+
+
+def _eager_to_uint8(x: Tensor) -> Tensor:
+    return (x.clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+EAGER: dict[str, Callable] = {
+    "reparameterize": _eager_reparameterize,
+    "q_sample": _eager_q_sample,
+    "diffusion_step": _eager_diffusion_step,
+    "group_norm_act": _eager_group_norm_act,
+    "to_uint8": _eager_to_uint8,
+    "attention": ops.attention_reference,
+    "philox_normal": lambda seeds, shape, step, stream: torch.randn((len(seeds), *shape), device=seeds.device),
+}
