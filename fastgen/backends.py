@@ -96,21 +96,24 @@ def _pick(op: str, device: str, backends: tuple[str, ...], source: str) -> str:
     raise BackendError(f"{source}={','.join(backends)}: {op} cannot run on {device} with it; {'; '.join(reasons)}")
 
 
+def _order(op: str, device: str) -> tuple[str, ...]:
+    table = AUTO.get(device, {})
+    return table.get(op, table.get("default", ("reference",)))
+
+
+def preferred(op: str, device: str) -> str:
+    """What "auto" takes for ``op`` on device type ``device``."""
+    return next((name for name in _order(op, device) if why_not(op, name, device) is None), "reference")
+
+
 @functools.cache
 def _auto(op: str, device: str) -> str:
-    table = AUTO.get(device, {})
-    order = table.get(op, table.get("default", ("reference",)))
-    missed = []
-    for name in order:
-        reason = why_not(op, name, device)
-        if reason is None:
-            if missed and name == "reference":
-                warnings.warn(
-                    f"fastgen: {op} runs on plain PyTorch ({'; '.join(missed)}). `fastgen doctor` shows all.", stacklevel=3
-                )
-            return name
-        missed.append(f"{name}: {reason}")
-    return "reference"
+    """`preferred`, with a warning (one an op, since the answer is cached) where that means no kernel at all."""
+    choice = preferred(op, device)
+    reasons = [f"{name}: {why_not(op, name, device)}" for name in _order(op, device) if name != "reference"]
+    if choice == "reference" and reasons:
+        warnings.warn(f"fastgen: {op} runs on plain PyTorch ({'; '.join(reasons)}). See `fastgen doctor`.", stacklevel=4)
+    return choice
 
 
 @functools.cache
@@ -177,4 +180,4 @@ def library_error(kind: str) -> str | None:
     return None
 
 
-__all__ = ["AUTO", "BACKENDS", "BackendError", "build_info", "kernel", "library_error", "resolve", "use_backend", "why_not"]
+__all__ = ["AUTO", "BACKENDS", "BackendError", "build_info", "kernel", "library_error", "preferred", "resolve", "use_backend", "why_not"]

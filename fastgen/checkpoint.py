@@ -40,6 +40,22 @@ def shipped_models() -> list[str]:
     return sorted(p.parent.name for p in WEIGHTS.glob("*/config.json"))
 
 
+def describe_models() -> list[dict[str, Any]]:
+    """What `fastgen models` shows: name, summary, megabytes and the configuration of each shipped model."""
+    described = []
+    for name in shipped_models():
+        config = read_json(WEIGHTS / name / "config.json")
+        megabytes = (WEIGHTS / name / "model.safetensors").stat().st_size / 1e6
+        network, sampling = config["config"], config["sampling"]
+        classes = f", {network['num_classes']} classes" if network.get("num_classes") else ""
+        summary = (
+            f"{config['family']}/{config['preset']}: {network['image_size']}x{network['image_size']}x{network['out_channels']}"
+            f"{classes}, {megabytes:.1f} MB; {sampling['steps']} {sampling['sampler']} steps, guidance {sampling['guidance']:g}"
+        )
+        described.append({"name": name, "summary": summary, "megabytes": round(megabytes, 2), **config})
+    return described
+
+
 @contextlib.contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
     """Yields a fresh directory beside ``path`` that takes its place when the block succeeds.

@@ -1,0 +1,1 @@
+"""Diffusion: noise schedules (schedules.py) and samplers as coefficient tables (samplers.py)."""
