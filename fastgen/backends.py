@@ -118,6 +118,8 @@ def _auto(op: str, device: str) -> str:
 
 @functools.cache
 def _why_not(op: str, backend: str, device: str, interpreted: bool) -> str | None:
+    if device == "cuda" and not torch.cuda.is_available():
+        return "no CUDA GPU is visible to PyTorch"
     if backend == "reference":
         return None
     if backend in ("cpp", "cuda"):
@@ -171,8 +173,6 @@ def library_error(kind: str) -> str | None:
     if not found:
         reason = build_info().get(kind, {}).get("reason", "the package was not built")
         return f"the {kind} library is not built ({reason})"
-    if kind == "cuda" and not torch.cuda.is_available():
-        return "no CUDA GPU is visible to PyTorch"
     try:
         torch.ops.load_library(str(found[0]))
     except OSError as error:

@@ -139,6 +139,7 @@ def train(
     steps: Annotated[int, typer.Option(help="Optimizer steps in all.")] = 10_000,
     batch_size: Annotated[int, typer.Option(help="Images a step.")] = 128,
     lr: Annotated[float, typer.Option(help="Learning rate of AdamW, after the warm-up.")] = 1e-3,
+    cooldown: Annotated[int, typer.Option(help="Steps at the end over which the learning rate falls to 0.")] = 0,
     precision: Annotated[str, typer.Option(help="fp32, or bf16 for autocast.")] = "fp32",
     seed: Annotated[int, typer.Option(help="Of everything random in the run.")] = 0,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints; the two newest are kept.")] = 1000,
@@ -156,8 +157,9 @@ def train(
     if recipe != "ddpm":
         raise UsageError(f"recipe: must be ddpm, not {recipe!r}")
     config = TrainConfig(
-        data=data, preset=preset, steps=steps, batch_size=batch_size, lr=lr, precision=precision, seed=seed, save_every=save_every
-    )
+        data=data, preset=preset, steps=steps, batch_size=batch_size, lr=lr, cooldown=cooldown,
+        precision=precision, seed=seed, save_every=save_every,
+    )  # fmt: skip
     place = _device(device) or ("cuda" if torch.cuda.is_available() else "cpu")
     trainer = start_or_resume(DDPMRecipe(config, place), config, out, resume)
     last = trainer.run(progress=False if quiet else None)

@@ -24,7 +24,10 @@ from fastgen.errors import UsageError
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The knobs of a run. Times are in steps; ``precision`` is "fp32" or "bf16" (autocast)."""
+    """The knobs of a run. Times are in steps; ``precision`` is "fp32" or "bf16" (autocast).
+
+    The learning rate rises over ``warmup`` steps, stays, and falls linearly to 0 over the last ``cooldown``.
+    """
 
     data: str = "mnist-5k"
     preset: str = "mnist"
@@ -32,6 +35,7 @@ class TrainConfig:
     batch_size: int = 128
     lr: float = 1e-3
     warmup: int = 500
+    cooldown: int = 0
     weight_decay: float = 0.01
     ema_decay: float = 0.9995
     clip_norm: float = 1.0
@@ -44,6 +48,8 @@ class TrainConfig:
         for name in ("steps", "batch_size", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name.replace('_', '-')}: must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.cooldown <= self.steps:
+            raise UsageError(f"cooldown: must be between 0 and steps, {self.steps}, not {self.cooldown}")
         if self.precision not in ("fp32", "bf16"):
             raise UsageError(f"precision: must be fp32 or bf16, not {self.precision!r}")
 
@@ -99,8 +105,11 @@ class Trainer:
     def _train_step(self, model: nn.Module) -> Tensor:
         config = self.config
         torch.manual_seed(config.seed * 1_000_003 + self.step)
+        left = config.steps - self.step
+        rise = min(1.0, (self.step + 1) / max(1, config.warmup))
+        fall = min(1.0, left / config.cooldown) if config.cooldown else 1.0
         for group in self.optimizer.param_groups:
-            group["lr"] = config.lr * min(1.0, (self.step + 1) / max(1, config.warmup))
+            group["lr"] = config.lr * min(rise, fall)
         device = next(iter(self.params.values())).device.type
         with torch.autocast(device, torch.bfloat16, enabled=config.precision == "bf16"):
             loss = self.recipe.loss(self.step)
@@ -147,8 +156,11 @@ class Trainer:
         verify(checkpoint)
         saved: dict[str, Any] = read_json(checkpoint / "config.json").get("training", {})
         step = saved.pop("step", None)
-        free = ("steps", "save_every", "keep")  # these change no step already taken
         now = asdict(self.config)
+        free = ["save_every", "keep"]  # these change no step already taken
+        begun = [c for c in (saved, now) if step is not None and step > c.get("steps", 0) - c.get("cooldown", 0)]
+        if not begun:  # nor do these, before any cooldown
+            free += ["steps", "cooldown"]
         differing = [f"{k} {saved.get(k)!r} there, {v!r} now" for k, v in now.items() if k not in free and saved.get(k) != v]
         if step is None or differing:
             raise UsageError(f"resume: {checkpoint} was made with other settings: {'; '.join(differing) or 'no training state'}")

@@ -1,0 +1,84 @@
+# What a person types; `make help` lists it. Works with GNU make and a POSIX shell.
+#
+# Everything is installed into .venv, editable. Each step leaves a stamp, so that a warm `make` calls no pip.
+
+PYTHON ?= python3
+RESULTS ?= benchmarks/results
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/stamps
+CSRC := $(shell find csrc -type f)
+
+# Without an NVIDIA GPU torch is held to one version, of which pip then takes the CPU-only build if it is
+# offered one: a fifth of the download.
+CONSTRAINTS = $(shell (nvidia-smi -L || test -e /proc/driver/nvidia) >/dev/null 2>&1 || echo -c constraints-cpu.txt)
+PIP = $(BIN)/python -m pip install --disable-pip-version-check -q $(CONSTRAINTS)
+# Built against the torch just installed, not against a second one in an isolated environment. The CUDA library
+# is left out: on a GPU the Triton kernels do the work, and `make gpu` builds the rest.
+INSTALL = FASTGEN_CUDA=0 $(PIP) --no-build-isolation -e
+
+.DELETE_ON_ERROR:
+.PHONY: help sample test test-all bench gpu lint clean
+
+help:
+	@echo "make sample     40 digits into samples.png (sets up .venv at the first call)"
+	@echo "make test       the tests, without the slow ones"
+	@echo "make test-all   every test"
+	@echo "make bench      the benchmarks, on this machine"
+	@echo "make gpu        on a machine with a GPU, torch, triton and nvcc: build the CUDA library with the"
+	@echo "                Python at hand (no .venv, no network), run the GPU tests and benchmarks"
+	@echo "make lint       ruff: rules and format"
+	@echo "make clean      remove what was built (.venv stays)"
+	@echo "PYTHON=...      the Python to use (now: $(PYTHON))"
+
+sample: $(STAMPS)/package
+	$(BIN)/fastgen sample ddpm-mnist -n 40 --seed 0 --labels 0,1,2,3,4,5,6,7,8,9 -o samples.png
+
+test: $(STAMPS)/package $(STAMPS)/test
+	$(BIN)/python -m pytest -m "not slow" tests
+
+test-all: $(STAMPS)/package $(STAMPS)/test
+	$(BIN)/python -m pytest tests
+
+bench: $(STAMPS)/package $(STAMPS)/bench
+	$(BIN)/python -m benchmarks --out $(RESULTS)
+
+# Nothing is installed, so the kernels must be found inside the package: by a link.
+gpu: export PYTHONPATH := $(CURDIR)
+gpu:
+	FASTGEN_CUDA=1 $(PYTHON) setup.py -q build_ext --inplace
+	test -e fastgen/kernels || ln -s ../kernels fastgen/kernels
+	$(PYTHON) -m pytest -m gpu tests
+	$(PYTHON) -m benchmarks --device cuda --out $(RESULTS)
+
+lint: $(STAMPS)/lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf build dist fastgen_kernels.egg-info fastgen/libfastgen_* fastgen/_build_info.json
+	rm -rf .pytest_cache .ruff_cache .hypothesis $(STAMPS)/package
+	test ! -L fastgen/kernels || rm fastgen/kernels
+
+$(STAMPS)/venv:
+	$(PYTHON) -m venv $(VENV)
+	mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/torch: constraints-cpu.txt | $(STAMPS)/venv
+	$(PIP) "setuptools>=77" "torch>=2.11"
+	touch $@
+
+# When only C++ changed, nothing needs installing: the libraries are rebuilt in place.
+$(STAMPS)/package: $(STAMPS)/torch pyproject.toml setup.py $(CSRC)
+	$(if $(filter-out csrc/%,$?),$(INSTALL) .,FASTGEN_CUDA=0 $(BIN)/python setup.py -q build_ext --inplace)
+	touch $@
+
+$(STAMPS)/test $(STAMPS)/bench: pyproject.toml | $(STAMPS)/package
+	$(INSTALL) ".[$(notdir $@)]"
+	touch $@
+
+# The version of ruff is named once, in pyproject.toml: another one formats differently.
+$(STAMPS)/lint: pyproject.toml | $(STAMPS)/venv
+	$(BIN)/python -m pip install --disable-pip-version-check -q "$$(sed -n 's/^lint = \["\(.*\)"\]/\1/p' pyproject.toml)"
+	touch $@
