@@ -40,7 +40,18 @@ _WHERE = {
     "use_backend": "backends",
 }
 
-__all__ = ["BackendError", "Samples", "UsageError", "__version__", "doctor", "load", "ops", "sample", "save", "use_backend"]
+__all__ = [
+    "BackendError",
+    "Samples",
+    "UsageError",
+    "__version__",
+    "doctor",
+    "load",
+    "ops",
+    "sample",
+    "save",
+    "use_backend",
+]
 
 
 def __getattr__(name: str) -> Any:

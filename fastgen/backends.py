@@ -69,7 +69,9 @@ def _parse(text: str, source: str) -> tuple[str, ...]:
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     unknown = [name for name in names if name not in BACKENDS]
     if unknown or not names:
-        raise ValueError(f"{source}: unknown backend {', '.join(map(repr, unknown)) or text!r}; choose from {', '.join(BACKENDS)}")
+        raise ValueError(
+            f"{source}: unknown backend {', '.join(map(repr, unknown)) or text!r}; choose from {', '.join(BACKENDS)}"
+        )
     return names
 
 
@@ -112,7 +114,9 @@ def _auto(op: str, device: str) -> str:
     choice = preferred(op, device)
     reasons = [f"{name}: {why_not(op, name, device)}" for name in _order(op, device) if name != "reference"]
     if choice == "reference" and reasons:
-        warnings.warn(f"fastgen: {op} runs on plain PyTorch ({'; '.join(reasons)}). See `fastgen doctor`.", stacklevel=4)
+        warnings.warn(
+            f"fastgen: {op} runs on plain PyTorch ({'; '.join(reasons)}). See `fastgen doctor`.", stacklevel=4
+        )
     return choice
 
 
@@ -180,4 +184,15 @@ def library_error(kind: str) -> str | None:
     return None
 
 
-__all__ = ["AUTO", "BACKENDS", "BackendError", "build_info", "kernel", "library_error", "preferred", "resolve", "use_backend", "why_not"]
+__all__ = [
+    "AUTO",
+    "BACKENDS",
+    "BackendError",
+    "build_info",
+    "kernel",
+    "library_error",
+    "preferred",
+    "resolve",
+    "use_backend",
+    "why_not",
+]

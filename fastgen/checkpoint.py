@@ -150,7 +150,9 @@ def save(model: nn.Module, path: str | Path, *, family: str = "unet", preset: st
         write_checkpoint(directory, model, family=family, preset=preset)
 
 
-def load(path_or_name: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> nn.Module:
+def load(
+    path_or_name: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> nn.Module:
     """A model in eval mode, from a shipped name, a checkpoint, a training run or a diffusers directory.
 
     The module has ``forward(x, t, class_labels=None)`` and carries ``config``, ``diffusion``
@@ -182,7 +184,9 @@ def resolve(path_or_name: str | Path) -> Path:
     if path.exists():
         raise UsageError(f"model: {name} is a file; a checkpoint is a folder with config.json and model.safetensors")
     near = difflib.get_close_matches(name, shipped_models(), n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(shipped_models()) or 'none shipped'}"
+    hint = (
+        f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(shipped_models()) or 'none shipped'}"
+    )
     raise UsageError(f"model: no model or folder named {name!r}; {hint} (`fastgen models` lists them)")
 
 
@@ -230,7 +234,9 @@ def _load_fastgen(directory: Path, config: dict[str, Any]) -> nn.Module:
             f"known: {', '.join(FAMILIES)}), nor a diffusers one"
         )
     if config.get("format", 0) > FORMAT:
-        raise UsageError(f"model: {directory} has format {config['format']}; this fastgen reads up to {FORMAT}: upgrade it")
+        raise UsageError(
+            f"model: {directory} has format {config['format']}; this fastgen reads up to {FORMAT}: upgrade it"
+        )
     verify(directory)
     model = family.network(
         _dataclass(family.config, config["config"], directory),
@@ -266,12 +272,18 @@ def _load_diffusers(directory: Path, config: dict[str, Any]) -> nn.Module:
         raise UsageError(f"model: {directory} holds a diffusers {config['_class_name']}; only UNet2DModel is read")
     file = directory / "diffusion_pytorch_model.safetensors"
     if not file.is_file():
-        raise UsageError(f"model: {file} is missing (pickled .bin weights are not read: save with safe_serialization=True)")
+        raise UsageError(
+            f"model: {file} is missing (pickled .bin weights are not read: save with safe_serialization=True)"
+        )
     weights = read_tensors(file)
     for old, new in DIFFUSERS_LEGACY_KEYS.items():
         weights = {k.replace(old, new): v for k, v in weights.items()}
     scheduler = next(
-        (f for f in (directory / "scheduler_config.json", directory.parent / "scheduler" / "scheduler_config.json") if f.is_file()),
+        (
+            f
+            for f in (directory / "scheduler_config.json", directory.parent / "scheduler" / "scheduler_config.json")
+            if f.is_file()
+        ),
         None,
     )
     family = FAMILIES["unet"]
@@ -322,7 +334,9 @@ def _diffusion_from_diffusers(config: dict[str, Any]) -> DiffusionConfig:
     predictions = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
     schedule, prediction = config.get("beta_schedule", "linear"), config.get("prediction_type", "epsilon")
     if schedule not in names or prediction not in predictions:
-        raise UsageError(f"model: scheduler with beta_schedule={schedule!r}, prediction_type={prediction!r} is not known here")
+        raise UsageError(
+            f"model: scheduler with beta_schedule={schedule!r}, prediction_type={prediction!r} is not known here"
+        )
     return DiffusionConfig(
         schedule=names[schedule],
         timesteps=config.get("num_train_timesteps", 1000),
@@ -331,5 +345,3 @@ def _diffusion_from_diffusers(config: dict[str, Any]) -> DiffusionConfig:
         prediction=predictions[prediction],
         clip=config.get("clip_sample_range", 1.0) if config.get("clip_sample", True) else None,
     )
-
-

@@ -53,9 +53,9 @@ def _fail(message: str, code: int) -> None:
 def sample(
     name: Annotated[str, typer.Argument(help="A shipped model (see `fastgen models`) or a checkpoint folder.")],
     n: Annotated[int, typer.Option("-n", "--count", help="How many images.")] = 1,
-    output: Annotated[Path, typer.Option("-o", "--output", help="The picture to write: a labelled grid if n > 1.")] = Path(
-        "samples.png"
-    ),
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="The picture to write: a labelled grid if n > 1.")
+    ] = Path("samples.png"),
     seed: Annotated[int, typer.Option(help="Image i has the seed SEED + i, and looks the same in any batch.")] = 0,
     labels: Annotated[
         Optional[str],  # noqa: UP045 - typer reads it on Python 3.10
@@ -198,6 +198,8 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None:
     pass

@@ -54,7 +54,9 @@ class Report:
 def doctor() -> Report:
     """Looks at versions, hardware, compiled libraries and, per op and device, at every backend."""
     devices = ["cpu", "cuda"]
-    table = {op: {d: {b: backends.why_not(op, b, d) for b in backends.BACKENDS} for d in devices} for op in backends.STEMS}
+    table = {
+        op: {d: {b: backends.why_not(op, b, d) for b in backends.BACKENDS} for d in devices} for op in backends.STEMS
+    }
     auto = {
         op: {d: "none" if None not in by_device[d].values() else backends.preferred(op, d) for d in devices}
         for op, by_device in table.items()

@@ -238,7 +238,9 @@ def _labels(network: nn.Module, labels: int | Sequence[int] | Tensor | None, see
     chosen = chosen.long().cpu()
     chosen = chosen.expand(len(seeds)).clone() if chosen.ndim == 0 else chosen
     if len(chosen) != len(seeds):
-        raise UsageError(f"labels: give one class, or one for each of the {len(seeds)} images; {len(chosen)} were given")
+        raise UsageError(
+            f"labels: give one class, or one for each of the {len(seeds)} images; {len(chosen)} were given"
+        )
     wrong = chosen[(chosen < 0) | (chosen >= classes)]
     if len(wrong):
         raise UsageError(f"labels: classes are 0 to {classes - 1}; {wrong[0].item()} is not one")

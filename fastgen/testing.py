@@ -133,7 +133,13 @@ def _diffusion_step(
 
 
 def _group_norm_act(
-    *shape: int, groups: int, act: str = "silu", affine: bool = True, scale_shift: bool = False, skip: int = 0, bench: bool = False
+    *shape: int,
+    groups: int,
+    act: str = "silu",
+    affine: bool = True,
+    scale_shift: bool = False,
+    skip: int = 0,
+    bench: bool = False,
 ) -> OpCase:
     def make(g: torch.Generator) -> Inputs:
         n, c = shape[0], shape[1] + skip
@@ -146,7 +152,14 @@ def _group_norm_act(
             made["skip"] = _normal(g, n, skip, *shape[2:]) - 1
         return made
 
-    parts = [_shape(*shape), f"g{groups}", act, None if affine else "plain", scale_shift and "adagn", skip and f"skip{skip}"]
+    parts = [
+        _shape(*shape),
+        f"g{groups}",
+        act,
+        None if affine else "plain",
+        scale_shift and "adagn",
+        skip and f"skip{skip}",
+    ]
     differentiable = ("x", "weight", "bias", "scale", "shift", "skip")
     return OpCase("group_norm_act", "-".join(p for p in parts if p), make, differentiable, ("x", "skip"), bench)
 
@@ -227,12 +240,16 @@ def _noise_like(x: Tensor, noise: Tensor | None) -> Tensor:
     return torch.randn_like(x) if noise is None else noise
 
 
-def _eager_reparameterize(mu: Tensor, logvar: Tensor, noise: Tensor | None = None, seeds: Any = None) -> tuple[Tensor, Tensor]:
+def _eager_reparameterize(
+    mu: Tensor, logvar: Tensor, noise: Tensor | None = None, seeds: Any = None
+) -> tuple[Tensor, Tensor]:
     z = mu + torch.exp(0.5 * logvar) * _noise_like(mu, noise)
     return z, -0.5 * (1 + logvar - mu.pow(2) - logvar.exp()).flatten(1).sum(1)
 
 
-def _eager_q_sample(x0: Tensor, t: Tensor, table: Tensor, noise: Tensor | None = None, seeds: Any = None) -> tuple[Tensor, Tensor]:
+def _eager_q_sample(
+    x0: Tensor, t: Tensor, table: Tensor, noise: Tensor | None = None, seeds: Any = None
+) -> tuple[Tensor, Tensor]:
     noise = _noise_like(x0, noise)
     a, b = table[t].to(x0.dtype).reshape(len(t), 2, *[1] * (x0.ndim - 1)).unbind(1)
     return a * x0 + b * noise, noise

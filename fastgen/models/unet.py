@@ -57,7 +57,9 @@ class UNetConfig:
             raise ValueError(f"attention needs one entry per level, {len(self.channels)}, not {len(self.attention)}")
         bad = [c for c in self.channels if c % self.num_groups or c % (self.head_dim or 1)]
         if bad:
-            raise ValueError(f"channels {bad} are not divisible by num_groups={self.num_groups} and head_dim={self.head_dim}")
+            raise ValueError(
+                f"channels {bad} are not divisible by num_groups={self.num_groups} and head_dim={self.head_dim}"
+            )
         if self.image_size % self.multiple:
             raise ValueError(f"image_size must be a multiple of {self.multiple}, not {self.image_size}")
 
@@ -252,7 +254,11 @@ class UNet(nn.Module):
         )
         emb = self.time_embedding(sinusoids.to(self.conv_in.weight.dtype))
         if self.class_embedding is not None:
-            labels = t.new_full((x.shape[0],), config.num_classes, dtype=torch.int64) if class_labels is None else class_labels
+            labels = (
+                t.new_full((x.shape[0],), config.num_classes, dtype=torch.int64)
+                if class_labels is None
+                else class_labels
+            )
             emb = emb + self.class_embedding(labels)
         emb_act = F.silu(emb)
 
@@ -279,7 +285,12 @@ class UNet(nn.Module):
 
     def _check(self, x: Tensor, class_labels: Tensor | None) -> None:
         config = self.config
-        if x.ndim != 4 or x.shape[1] != config.in_channels or x.shape[2] % config.multiple or x.shape[3] % config.multiple:
+        if (
+            x.ndim != 4
+            or x.shape[1] != config.in_channels
+            or x.shape[2] % config.multiple
+            or x.shape[3] % config.multiple
+        ):
             raise ValueError(
                 f"x must be [N, {config.in_channels}, H, W] with H and W multiples of {config.multiple}, not {list(x.shape)}"
             )

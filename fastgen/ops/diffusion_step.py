@@ -53,16 +53,22 @@ def diffusion_step(
     """
     _check(x_t, model_out, coefficients, step, guidance, history, keep)
     check_noise(x_t, noise, seeds, optional=True)
-    x_next, kept = _FORWARD(x_t, model_out, coefficients, step, guidance, clip, history, KEEP[keep], noise, seeds, backend)
+    x_next, kept = _FORWARD(
+        x_t, model_out, coefficients, step, guidance, clip, history, KEEP[keep], noise, seeds, backend
+    )
     return x_next, None if keep is None else kept
 
 
-def _check(x_t: Tensor, model_out: Tensor, coefficients: Tensor, step: Tensor, guidance: Any, history: Any, keep: Any) -> None:
+def _check(
+    x_t: Tensor, model_out: Tensor, coefficients: Tensor, step: Tensor, guidance: Any, history: Any, keep: Any
+) -> None:
     expected = (x_t.shape[0] * (1 if guidance is None else 2), *x_t.shape[1:])
     if tuple(model_out.shape) != expected:
         raise ValueError(f"model_out must have the shape {list(expected)}, not {list(model_out.shape)}")
     if coefficients.ndim != 2 or coefficients.shape[1] != 9 or coefficients.dtype != torch.float32:
-        raise ValueError(f"coefficients must be an fp32 tensor [S, 9], not {coefficients.dtype} {list(coefficients.shape)}")
+        raise ValueError(
+            f"coefficients must be an fp32 tensor [S, 9], not {coefficients.dtype} {list(coefficients.shape)}"
+        )
     if step.numel() != 1 or step.dtype != torch.int64:
         raise ValueError(f"step must be an int64 tensor [], not {step.dtype} {list(step.shape)}")
     if guidance is not None and guidance.numel() != 1 and tuple(guidance.shape) != (x_t.shape[0],):
@@ -179,7 +185,11 @@ def _backward(ctx: Any, dy: Tensor | None, dkept: Tensor | None) -> tuple:
     if guidance is not None:
         if ctx.needs_input_grad[4]:
             per_image = (dm * (cond - uncond)).flatten(1).sum(1)
-            dguidance = (per_image if guidance.numel() == len(x) else per_image.sum()).reshape(guidance.shape).to(guidance.dtype)
+            dguidance = (
+                (per_image if guidance.numel() == len(x) else per_image.sum())
+                .reshape(guidance.shape)
+                .to(guidance.dtype)
+            )
         dm = torch.cat([(1 - g) * dm, g * dm])
     dhistory, dnoise = ((q * dy).to(d) if d is not None else None for q, d in zip((q3, q4), ctx.dtypes, strict=True))
     dx = (q0 * dy + p0 * dx0 + p2 * deps).to(x_t.dtype)

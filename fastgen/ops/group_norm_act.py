@@ -104,7 +104,16 @@ def _statistics(x: Tensor, skip: Tensor | None, num_groups: int, eps: float) -> 
 
 
 def _forward(
-    x: Tensor, num_groups: int, weight: Any, bias: Any, eps: float, act: str, scale: Any, shift: Any, skip: Any, backend: Any
+    x: Tensor,
+    num_groups: int,
+    weight: Any,
+    bias: Any,
+    eps: float,
+    act: str,
+    scale: Any,
+    shift: Any,
+    skip: Any,
+    backend: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> y [N, C + C2, *], mean [N, G], rstd [N, G]."""
     backend = backends.resolve("group_norm_act", x.device, backend)
@@ -127,7 +136,16 @@ def _parameter(p: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 def _fake(
-    x: Tensor, num_groups: int, weight: Any, bias: Any, eps: float, act: str, scale: Any, shift: Any, skip: Any, backend: Any = None
+    x: Tensor,
+    num_groups: int,
+    weight: Any,
+    bias: Any,
+    eps: float,
+    act: str,
+    scale: Any,
+    shift: Any,
+    skip: Any,
+    backend: Any = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     channels = x.shape[1] + (0 if skip is None else skip.shape[1])
     shape = (x.shape[0], channels, *x.shape[2:])
@@ -169,7 +187,16 @@ def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple:
 
 
 def _backward_reference(
-    dy: Tensor, x: Tensor, num_groups: int, weight: Any, bias: Any, eps: float, act: str, scale: Any, shift: Any, skip: Any
+    dy: Tensor,
+    x: Tensor,
+    num_groups: int,
+    weight: Any,
+    bias: Any,
+    eps: float,
+    act: str,
+    scale: Any,
+    shift: Any,
+    skip: Any,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """(dx, dskip, S1 [N, C], S2 [N, C]) in plain PyTorch, differentiable again."""
     n, channels = x.shape[0], x.shape[1] + (0 if skip is None else skip.shape[1])

@@ -19,7 +19,12 @@ from fastgen.ops.reparameterize import check_noise
 
 
 def q_sample(
-    x0: Tensor, t: Tensor, table: Tensor, noise: Tensor | None = None, seeds: Tensor | None = None, backend: str | None = None
+    x0: Tensor,
+    t: Tensor,
+    table: Tensor,
+    noise: Tensor | None = None,
+    seeds: Tensor | None = None,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Returns (x_t, noise), both [N, *] in x0's dtype and layout.
 
@@ -53,7 +58,9 @@ def _rows(table: Tensor, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     return a, b
 
 
-def _forward(x0: Tensor, t: Tensor, table: Tensor, noise: Any, seeds: Any, backend: str | None) -> tuple[Tensor, Tensor]:
+def _forward(
+    x0: Tensor, t: Tensor, table: Tensor, noise: Any, seeds: Any, backend: str | None
+) -> tuple[Tensor, Tensor]:
     """-> x_t [N, *] and the noise it made [N, *], or [0] where noise was given (an op may not return its input)."""
     backend = backends.resolve("q_sample", x0.device, backend)
     if backend == "reference":

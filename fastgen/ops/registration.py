@@ -122,7 +122,9 @@ def vjp(fn: Callable, inputs: Sequence[Tensor | None], grads: Sequence[Tensor | 
         ]
         outputs = fn(*leaves)
         outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
-        pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o is not None and o.requires_grad]
+        pairs = [
+            (o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o is not None and o.requires_grad
+        ]
         wanted = [x for x in leaves if x is not None and x.is_floating_point()]
         if not pairs:
             return [None] * len(inputs)

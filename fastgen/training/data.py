@@ -40,7 +40,9 @@ def load_dataset(name: str, split: str = "train") -> tuple[Tensor, Tensor]:
     return images[index], labels[index]
 
 
-def random_affine(x: Tensor, *, degrees: float = 6.0, scale: float = 0.06, pixels: float = 1.0, p: float = 0.5) -> Tensor:
+def random_affine(
+    x: Tensor, *, degrees: float = 6.0, scale: float = 0.06, pixels: float = 1.0, p: float = 0.5
+) -> Tensor:
     """A light augmentation: x [N,C,H,W] in [-1,1], each image with probability p rotated by up to
     ±degrees, scaled by up to ±scale and shifted by up to ±pixels; bicubic, the outside is -1."""
     N, _, H, W = x.shape

@@ -30,7 +30,9 @@ class DDPMRecipe:
         images, labels = load_dataset(config.data)
         network = presets[config.preset]
         if images.shape[1] != network.in_channels:
-            raise UsageError(f"preset: {config.preset} takes {network.in_channels} channels, {config.data} has {images.shape[1]}")
+            raise UsageError(
+                f"preset: {config.preset} takes {network.in_channels} channels, {config.data} has {images.shape[1]}"
+            )
         if network.num_classes is None or network.num_classes <= int(labels.max()):
             raise UsageError(f"preset: {config.preset} has too few classes for {config.data}")
         x = images.to(device).float() / 127.5 - 1
@@ -38,11 +40,15 @@ class DDPMRecipe:
             x = F.interpolate(x, size=(network.image_size,) * 2, mode="bilinear", antialias=True, align_corners=False)
         self.images, self.labels = x, labels.to(device)
         torch.manual_seed(config.seed)
-        self.model = FAMILIES[self.family].network(
-            network,
-            DiffusionConfig(schedule="cosine", prediction="v"),
-            SamplingDefaults(sampler="ddim", steps=50, guidance=1.5),
-        ).to(device=device, memory_format=torch.channels_last)
+        self.model = (
+            FAMILIES[self.family]
+            .network(
+                network,
+                DiffusionConfig(schedule="cosine", prediction="v"),
+                SamplingDefaults(sampler="ddim", steps=50, guidance=1.5),
+            )
+            .to(device=device, memory_format=torch.channels_last)
+        )
         self.table = forward_table(self.model.diffusion).to(device)
 
     def loss(self, step: int) -> Tensor:

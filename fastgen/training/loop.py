@@ -18,7 +18,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastgen.checkpoint import STEP_PREFIX, atomic_directory, checkpoints_of, read_json, read_tensors, verify, write_checkpoint
+from fastgen.checkpoint import (
+    STEP_PREFIX,
+    atomic_directory,
+    checkpoints_of,
+    read_json,
+    read_tensors,
+    verify,
+    write_checkpoint,
+)
 from fastgen.errors import UsageError
 
 
@@ -93,7 +101,9 @@ class Trainer:
                     loss = torch.stack(losses).mean().item()
                     losses.clear()
                     if loss != loss:
-                        raise FloatingPointError(f"the loss became NaN before step {self.step}; lower --lr or use --precision fp32")
+                        raise FloatingPointError(
+                            f"the loss became NaN before step {self.step}; lower --lr or use --precision fp32"
+                        )
                     bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s")
                     self._log(loss, rate)
                 if self.step % config.save_every == 0 or self.step == config.steps:
@@ -161,11 +171,17 @@ class Trainer:
         begun = [c for c in (saved, now) if step is not None and step > c.get("steps", 0) - c.get("cooldown", 0)]
         if not begun:  # nor do these, before any cooldown
             free += ["steps", "cooldown"]
-        differing = [f"{k} {saved.get(k)!r} there, {v!r} now" for k, v in now.items() if k not in free and saved.get(k) != v]
+        differing = [
+            f"{k} {saved.get(k)!r} there, {v!r} now" for k, v in now.items() if k not in free and saved.get(k) != v
+        ]
         if step is None or differing:
-            raise UsageError(f"resume: {checkpoint} was made with other settings: {'; '.join(differing) or 'no training state'}")
+            raise UsageError(
+                f"resume: {checkpoint} was made with other settings: {'; '.join(differing) or 'no training state'}"
+            )
         state = read_tensors(checkpoint / "training.safetensors")
-        self.recipe.model.load_state_dict({k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")})
+        self.recipe.model.load_state_dict(
+            {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
+        )
         for k, v in read_tensors(checkpoint / "model.safetensors").items():
             self.ema[k].copy_(v)
         slots = {
