@@ -157,7 +157,7 @@ def _native(backend: str, op: str) -> Callable | None:
 
 @functools.cache
 def kernel(op: str, function: str, backend: str) -> Callable[..., None]:
-    """The launcher ``function`` of ``op``: it fills the output tensors it is given. All backends share its signature."""
+    """The launcher ``function`` of ``op``: it fills the outputs it is given. All backends share its signature."""
     if backend == "triton":
         return getattr(importlib.import_module(f"fastgen.kernels.{STEMS[op]}"), function)
     library_error("cpu" if backend == "cpp" else "cuda")

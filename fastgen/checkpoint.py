@@ -48,10 +48,9 @@ def describe_models() -> list[dict[str, Any]]:
         megabytes = (WEIGHTS / name / "model.safetensors").stat().st_size / 1e6
         network, sampling = config["config"], config["sampling"]
         classes = f", {network['num_classes']} classes" if network.get("num_classes") else ""
-        summary = (
-            f"{config['family']}/{config['preset']}: {network['image_size']}x{network['image_size']}x{network['out_channels']}"
-            f"{classes}, {megabytes:.1f} MB; {sampling['steps']} {sampling['sampler']} steps, guidance {sampling['guidance']:g}"
-        )
+        size = f"{network['image_size']}x{network['image_size']}x{network['out_channels']}"
+        defaults = f"{sampling['steps']} {sampling['sampler']} steps, guidance {sampling['guidance']:g}"
+        summary = f"{config['family']}/{config['preset']}: {size}{classes}, {megabytes:.1f} MB; {defaults}"
         described.append({"name": name, "summary": summary, "megabytes": round(megabytes, 2), **config})
     return described
 
@@ -301,7 +300,8 @@ def _unet_from_diffusers(config: dict[str, Any]) -> dict[str, Any]:
     kinds = {"DownBlock2D": False, "AttnDownBlock2D": True, "UpBlock2D": False, "AttnUpBlock2D": True}
     attention = [kinds.get(k) for k in down]
     only = {
-        "act_fn": "silu", "time_embedding_type": "positional", "mid_block_scale_factor": 1, "center_input_sample": False,
+        "act_fn": "silu", "time_embedding_type": "positional", "mid_block_scale_factor": 1,
+        "center_input_sample": False,
         "downsample_type": "conv", "upsample_type": "conv", "class_embed_type": None, "attn_norm_num_groups": None,
         "num_class_embeds": None,
     }  # fmt: skip

@@ -197,7 +197,8 @@ def _check_module(model: nn.Module) -> None:
     missing = [name for name in ("config", "diffusion", "sampling") if not hasattr(model, name)]
     if missing:
         raise UsageError(
-            f"model: a module must come from fastgen.load or fastgen.models; this {type(model).__name__} has no {', '.join(missing)}"
+            f"model: a module must come from fastgen.load or fastgen.models; "
+            f"this {type(model).__name__} has no {', '.join(missing)}"
         )
 
 

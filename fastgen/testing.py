@@ -187,7 +187,8 @@ def _philox_normal(n: int, *shape: int, bench: bool = False) -> OpCase:
 CASES: dict[str, list[OpCase]] = {
     "reparameterize": [
         _reparameterize(3, 5), _reparameterize(2, 37, seeded=True), _reparameterize(2, 4, 5, 7, seeded=True),
-        _reparameterize(2, 1200), _reparameterize(1, 1), _reparameterize(0, 8), _reparameterize(2, 3, 5, 1, seeded=True),
+        _reparameterize(2, 1200), _reparameterize(1, 1), _reparameterize(0, 8),
+        _reparameterize(2, 3, 5, 1, seeded=True),
         _reparameterize(4096, 512, seeded=True, bench=True), _reparameterize(64, 4, 64, 64, seeded=True, bench=True),
     ],
     "q_sample": [
@@ -219,7 +220,8 @@ CASES: dict[str, list[OpCase]] = {
     ],
     "attention": [
         _attention(2, 3, 17, 8), _attention(1, 2, 9, 5, causal=True), _attention(1, 1, 1, 1),
-        _attention(4, 32, 256, 8, bench=True), _attention(4, 8, 256, 32, bench=True), _attention(4, 4, 1024, 64, bench=True),
+        _attention(4, 32, 256, 8, bench=True), _attention(4, 8, 256, 32, bench=True),
+        _attention(4, 4, 1024, 64, bench=True),
     ],
     "philox_normal": [
         _philox_normal(3, 2, 5, 7), _philox_normal(1, 1), _philox_normal(0, 4), _philox_normal(2, 1030),

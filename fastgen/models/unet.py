@@ -292,7 +292,8 @@ class UNet(nn.Module):
             or x.shape[3] % config.multiple
         ):
             raise ValueError(
-                f"x must be [N, {config.in_channels}, H, W] with H and W multiples of {config.multiple}, not {list(x.shape)}"
+                f"x must be [N, {config.in_channels}, H, W] with H and W multiples of {config.multiple}, "
+                f"not {list(x.shape)}"
             )
         if class_labels is not None:
             if config.num_classes is None:

@@ -1,4 +1,4 @@
-"""The fused operations: each file holds an equation, its public function, its plain PyTorch reference and its registration."""
+"""The fused operations. Each file holds an equation, a public function, its PyTorch reference and its registration."""
 
 from fastgen.ops.activations import ACTIVATIONS
 from fastgen.ops.attention import attention, attention_reference

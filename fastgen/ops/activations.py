@@ -1,4 +1,7 @@
-"""The activations that fused ops take, by name; the codes are those of csrc/common/activations.h and kernels/_activations.py."""
+"""The activations that fused ops take, by name.
+
+The codes are those of csrc/common/activations.h and kernels/_activations.py.
+"""
 
 from __future__ import annotations
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 LIB = torch.library.Library("fastgen", "DEF")  # noqa: TOR901 - lives as long as the process
 _AUTOGRAD_KEYS = tuple(
-    getattr(torch._C.DispatchKey, name) for name in ("AutogradFunctionality", "AutogradOther", "AutogradCPU", "AutogradCUDA")
-    if hasattr(torch._C.DispatchKey, name)
-)  # fmt: skip
+    getattr(torch._C.DispatchKey, name)
+    for name in ("AutogradFunctionality", "AutogradOther", "AutogradCPU", "AutogradCUDA")
+)
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 

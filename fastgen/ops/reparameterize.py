@@ -34,7 +34,8 @@ def reparameterize(
     """
     if logvar.shape != mu.shape or logvar.dtype != mu.dtype or mu.ndim < 1:
         raise ValueError(
-            f"logvar must have mu's shape and dtype, {list(mu.shape)} {mu.dtype}, not {list(logvar.shape)} {logvar.dtype}"
+            f"logvar must have mu's shape and dtype, {list(mu.shape)} {mu.dtype}, "
+            f"not {list(logvar.shape)} {logvar.dtype}"
         )
     check_noise(mu, noise, seeds)
     return _FORWARD(mu, logvar, noise, seeds, backend)
