@@ -55,7 +55,8 @@ def use_backend(*backends: str) -> Iterator[None]:
     """Within the block every op runs on the first of ``backends`` that can run it.
 
     Also takes one comma-separated string. Raises ValueError for an unknown name; an op that none
-    of them can run raises BackendError. In compiled code the choice is made while compiling.
+    of them can run raises BackendError. A compiled graph's forward chooses at
+    each call, its backward chose while it was compiled.
     """
     token = _choice.set(_parse(",".join(backends), "use_backend"))
     try:
@@ -177,6 +178,8 @@ def library_error(kind: str) -> str | None:
     if not found:
         reason = build_info().get(kind, {}).get("reason", "the package was not built")
         return f"the {kind} library is not built ({reason})"
+    if kind == "cuda" and torch.version.cuda is None:
+        return "this torch is built without CUDA"
     try:
         torch.ops.load_library(str(found[0]))
     except OSError as error:

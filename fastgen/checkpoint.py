@@ -73,7 +73,12 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         if path.exists():
             shutil.rmtree(old, ignore_errors=True)
             path.rename(old)
-        work.rename(path)
+        try:
+            work.rename(path)
+        except OSError:
+            if old.exists():
+                old.rename(path)
+            raise
         _fsync(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     except BaseException:
@@ -164,7 +169,7 @@ def load(
         model = _load_diffusers(directory, config)
     else:
         model = _load_fastgen(directory, config)
-    return model.to(device=device, dtype=dtype).eval()
+    return model.to(device=device, dtype=dtype, memory_format=torch.channels_last).eval()
 
 
 def resolve(path_or_name: str | Path) -> Path:

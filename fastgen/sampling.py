@@ -168,16 +168,16 @@ def _denoise(network: nn.Module, plan, seeds: Tensor, labels: Tensor | None, gui
     dtype = next(network.parameters()).dtype
     x = ops.philox_normal(seeds, (config.in_channels, config.image_size, config.image_size), stream=Stream.INITIAL)
     x = x.contiguous(memory_format=torch.channels_last)
-    coefficients, rows = plan.coefficients.to(device), torch.arange(len(plan.timesteps), device=device)
-    timesteps = plan.timesteps.to(device)
+    coefficients = plan.coefficients.to(device)
+    rows, timesteps = torch.arange(len(coefficients), device=device), plan.timesteps.to(device)
     scale = None
     if guidance != 1:
         scale = torch.tensor(guidance, device=device)
         labels = torch.cat([torch.full_like(labels, config.num_classes), labels])
-    for row in rows:
+    for row, t in zip(rows.unbind(), timesteps.unbind(), strict=True):  # tensors: nothing waits for the device
         inputs = (x if scale is None else torch.cat([x, x])).to(dtype)
         x, _ = ops.diffusion_step(
-            x, network(inputs, timesteps[row], labels), coefficients, row,
+            x, network(inputs, t, labels), coefficients, row,
             guidance=scale, clip=network.diffusion.clip, seeds=seeds if plan.noisy else None,
         )  # fmt: skip
         bar.update()

@@ -1,5 +1,5 @@
 // Noise that belongs to the image: Philox-4x32-10 (Salmon et al. 2011, "Parallel random numbers:
-// as easy as 1, 2, 3") and Box-Muller, for host and device. The one source: fastgen/ops/noise.py
+// as easy as 1, 2, 3") and Box-Muller, for host and device. The one source: fastgen/ops/philox.py
 // (PyTorch) and kernels/_philox.py (Triton) follow it bit for bit.
 //
 // Key = the image's 64-bit seed; counter = (element index within the image / 4, step, stream, 0).

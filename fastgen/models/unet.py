@@ -75,7 +75,7 @@ PRESETS: dict[str, UNetConfig] = {
         image_size=16, in_channels=1, out_channels=1, channels=(16, 32), layers_per_block=1,
         attention=(False, False), head_dim=16, num_groups=8, num_classes=10, time_scale_shift=True,
     ),
-    # 28×28 digits, 1.1 M parameters, 0.19 GFLOP an image: the patch keeps the first level at 14×14.
+    # 28×28 digits, 1.2 M parameters, 0.19 GFLOP an image: the patch keeps the first level at 14×14.
     "mnist": UNetConfig(
         image_size=28, in_channels=1, out_channels=1, channels=(64, 64), layers_per_block=1,
         attention=(False, False), head_dim=32, num_groups=8, dropout=0.1, num_classes=10,

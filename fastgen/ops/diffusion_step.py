@@ -142,8 +142,8 @@ def _forward(
     model_out = model_out.contiguous(memory_format=layout(x_t))
     history, noise = dense(history, like=x_t), dense(noise, like=x_t)
     launch(
-        x_t, model_out, coefficients.contiguous(), step, guidance, clip,
-        history, keep, noise, seeds, x_next, kept if keep else None,
+        x_t, model_out, dense(coefficients), step, guidance, clip,
+        history, keep, noise, dense(seeds), x_next, kept if keep else None,
     )  # fmt: skip
     return x_next, kept
 

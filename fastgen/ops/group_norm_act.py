@@ -201,18 +201,17 @@ def _backward_reference(
     """(dx, dskip, S1 [N, C], S2 [N, C]) in plain PyTorch, differentiable again."""
     n, channels = x.shape[0], x.shape[1] + (0 if skip is None else skip.shape[1])
     ones = torch.ones((n, channels), dtype=wide(x.dtype), device=x.device)
-    # Gradients of a scale and a shift that stand right before the activation are S2-like and S1:
-    # y = act(z·1 + 0) with z the scaled norm, so d/d(shift) = Σ dz; Σ dz·xhat follows with a unit norm.
 
-    def whole(x, skip, weight, bias, scale, shift, gain, offset):
+    def forward(x, skip, weight, bias, scale, shift, gain, offset):
+        """The op as act(xhat · (a + gain) + (b + offset)): at gain = offset = 0 their gradients are S2 and S1."""
         one = ones if scale is None else 1 + scale.to(ones.dtype)
         a = one if weight is None else one * weight.to(ones.dtype)
         b = torch.zeros_like(ones) if bias is None else one * bias.to(ones.dtype)
         b = b if shift is None else b + shift.to(ones.dtype)
         return group_norm_act_reference(x, num_groups, None, None, eps, act, a + gain - 1, b + offset, skip)
 
-    gain, offset = torch.zeros_like(ones), torch.zeros_like(ones)
-    dx, dskip, *_, s2, s1 = vjp(whole, (x, skip, weight, bias, scale, shift, gain, offset), (dy,))
+    zeros = torch.zeros_like(ones)
+    dx, dskip, *_, s2, s1 = vjp(forward, (x, skip, weight, bias, scale, shift, zeros, zeros), (dy,))
     return dx, dskip, s1, s2
 
 
@@ -262,10 +261,10 @@ def _double_backward(ctx: Any, *grads: Tensor | None) -> tuple:
     def backward(dy, x, weight, bias, scale, shift, skip):
         return _backward_reference(dy, x, ctx.num_groups, weight, bias, ctx.eps, ctx.act, scale, shift, skip)
 
-    saved = ctx.saved_tensors
-    grads = [g if skip_or_any is not None else None for g, skip_or_any in zip(grads, (1, saved[6], 1, 1), strict=True)]
+    ddx, ddskip, ds1, ds2 = grads
+    given = (ddx, None if ctx.saved_tensors[6] is None else ddskip, ds1, ds2)
     with torch.enable_grad():
-        dy, x, weight, bias, scale, shift, skip = vjp(backward, saved, grads)
+        dy, x, weight, bias, scale, shift, skip = vjp(backward, ctx.saved_tensors, given)
     return dy, x, None, weight, bias, None, None, scale, shift, skip, None, None, None
 
 

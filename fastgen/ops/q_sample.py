@@ -70,7 +70,7 @@ def _forward(
     x_t, made = _fake(x0, t, table, noise, seeds)
     noise = dense(noise, like=x0)
     launch = backends.kernel("q_sample", "q_sample_fwd", backend)
-    launch(x0, t.contiguous(), table.contiguous(), noise, seeds, x_t, made if noise is None else None)
+    launch(x0, dense(t), dense(table), noise, dense(seeds), x_t, made if noise is None else None)
     return x_t, made
 
 

@@ -62,7 +62,11 @@ class FusedOp:
             LIB.impl(self.name, cast, f"Autocast{device}")
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or not _is_plain(args):
+        if torch.compiler.is_compiling():
+            return self.op(*args)
+        if self.function is not None and torch._C._functorch.peek_interpreter_stack() is not None:
+            return self.function.apply(*args)  # torch.func transforms take this kind of Function, not the dispatcher's
+        if not _is_plain(args):
             return self.op(*args)
         if self.function is not None and torch.is_grad_enabled() and _any_requires_grad(args):
             return self.function.apply(*args)
@@ -91,17 +95,12 @@ def _any_requires_grad(args: Sequence[Any]) -> bool:
 
 
 def _autograd_function(name: str, forward: Callable, setup_context: Callable, backward: Callable) -> type:
-    def function_forward(ctx: Any, *args: Any) -> Any:
+    def setup(ctx: Any, inputs: tuple, output: Any) -> None:
         ctx.set_materialize_grads(False)
-        output = forward(*args)
-        setup_context(ctx, args, output)
-        return output
+        setup_context(ctx, inputs, output)
 
-    return type(
-        f"{name}_function",
-        (torch.autograd.Function,),
-        {"forward": staticmethod(function_forward), "backward": staticmethod(backward)},
-    )
+    members = {"forward": forward, "setup_context": setup, "backward": backward}
+    return type(f"{name}_function", (torch.autograd.Function,), {k: staticmethod(f) for k, f in members.items()})
 
 
 def vjp(fn: Callable, inputs: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> list[Tensor | None]:

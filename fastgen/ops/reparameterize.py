@@ -70,7 +70,7 @@ def _forward(
         return reparameterize_reference(mu, logvar, noise, seeds)
     mu, logvar, noise = dense(mu), dense(logvar, like=mu), dense(noise, like=mu)
     z, kl = torch.empty_like(mu), torch.empty(len(mu), dtype=wide(mu.dtype), device=mu.device)
-    backends.kernel("reparameterize", "reparameterize_fwd", backend)(mu, logvar, noise, seeds, z, kl)
+    backends.kernel("reparameterize", "reparameterize_fwd", backend)(mu, logvar, noise, dense(seeds), z, kl)
     return z, kl
 
 
@@ -109,7 +109,7 @@ def _backward_op(
     dkl = None if dkl is None else dkl.contiguous()
     dmu, dlogvar = torch.empty_like(mu), torch.empty_like(logvar)
     launch = backends.kernel("reparameterize", "reparameterize_bwd", backend)
-    launch(dz, dkl, mu, logvar, noise, seeds, dmu, dlogvar)
+    launch(dz, dkl, mu, logvar, noise, dense(seeds), dmu, dlogvar)
     return dmu, dlogvar
 
 
