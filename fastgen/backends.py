@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from fastgen.errors import UsageError
+
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 PACKAGE = Path(__file__).parent
 
@@ -74,6 +76,28 @@ def _parse(text: str, source: str) -> tuple[str, ...]:
             f"{source}: unknown backend {', '.join(map(repr, unknown)) or text!r}; choose from {', '.join(BACKENDS)}"
         )
     return names
+
+
+def check_backend(backend: str | None) -> None:
+    """Raises UsageError for a name that is no backend."""
+    if backend is not None and backend not in BACKENDS:
+        raise UsageError(f"backend: must be one of {', '.join(BACKENDS)}, not {backend!r}")
+
+
+def check_device(device: torch.device | str | None) -> None:
+    """Raises UsageError for a device that is not the CPU or a GPU that is there."""
+    if device is None:
+        return
+    try:
+        kind = torch.device(device)
+    except (RuntimeError, TypeError):
+        kind = None
+    if kind is None or kind.type not in ("cpu", "cuda"):
+        raise UsageError(f"device: must be cpu, cuda or cuda:<index>, not {device!r}")
+    if kind.type == "cuda" and (kind.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"device: {kind} is not visible to PyTorch, which sees {torch.cuda.device_count()} GPUs; use cpu"
+        )
 
 
 def resolve(op: str, device: torch.device, backend: str | None = None) -> str:

@@ -222,7 +222,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def verify(directory: Path) -> None:
     """Compares every file with the manifest; raises UsageError that names the first that differs."""
-    for name, expected in read_json(directory / "manifest.json").items():
+    manifest = read_json(directory / "manifest.json")
+    if unlisted := {"model.safetensors", "config.json"} - manifest.keys():
+        raise UsageError(f"model: {directory / 'manifest.json'} does not list {', '.join(sorted(unlisted))}")
+    for name, expected in manifest.items():
         file = directory / name
         if not file.is_file():
             raise UsageError(f"model: {file} is missing, though the manifest lists it; copy the whole folder again")
@@ -231,15 +234,15 @@ def verify(directory: Path) -> None:
 
 
 def _load_fastgen(directory: Path, config: dict[str, Any]) -> nn.Module:
-    family = FAMILIES.get(config.get("family", ""))
+    family = FAMILIES.get(str(config.get("family")))
     if family is None or not isinstance(config.get("config"), dict):
         raise UsageError(
             f"model: {directory / 'config.json'} is not a fastgen checkpoint (family {config.get('family')!r}; "
             f"known: {', '.join(FAMILIES)}), nor a diffusers one"
         )
-    if config.get("format", 0) > FORMAT:
+    if not isinstance(config.get("format"), int) or config["format"] > FORMAT:
         raise UsageError(
-            f"model: {directory} has format {config['format']}; this fastgen reads up to {FORMAT}: upgrade it"
+            f"model: {directory} has format {config.get('format')!r}; this fastgen reads up to {FORMAT}: upgrade it"
         )
     verify(directory)
     model = family.network(
@@ -291,8 +294,12 @@ def _load_diffusers(directory: Path, config: dict[str, Any]) -> nn.Module:
         None,
     )
     family = FAMILIES["unet"]
+    try:
+        network = _unet_from_diffusers(config)
+    except KeyError as error:
+        raise UsageError(f"model: {directory / 'config.json'} has no {error} in it") from None
     model = family.network(
-        family.config(**_unet_from_diffusers(config)),
+        _dataclass(family.config, network, directory),
         _diffusion_from_diffusers(read_json(scheduler)) if scheduler else DiffusionConfig(),
     )
     _load_weights(model, weights, directory)

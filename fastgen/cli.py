@@ -81,7 +81,7 @@ def sample(
     try:
         made = run(
             name, n, seed=seed, labels=_parse_labels(labels, n), steps=steps, sampler=sampler, guidance=guidance,
-            batch_size=batch_size, device=_device(device), backend=_backend(backend), progress=not quiet,
+            batch_size=batch_size, device=device, backend=backend, progress=not quiet,
         )  # fmt: skip
     except UsageError as error:
         raise UsageError(str(error).replace("batch_size:", "batch-size:")) from None
@@ -101,33 +101,6 @@ def _parse_labels(text: str | None, n: int) -> list[int] | None:
     if len(given) > max(n, 1):
         raise UsageError(f"labels: {len(given)} were given for {n} images; give at most {n}, or raise -n")
     return [given[i % len(given)] for i in range(n)]
-
-
-def _device(text: str | None) -> str | None:
-    import torch
-
-    from fastgen.errors import UsageError
-
-    if text is None:
-        return None
-    try:
-        kind = torch.device(text).type
-    except RuntimeError:
-        kind = ""
-    if kind not in ("cpu", "cuda"):
-        raise UsageError(f"device: must be cpu, cuda or cuda:<index>, not {text!r}")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UsageError("device: no CUDA GPU is visible to PyTorch; use --device cpu")
-    return text
-
-
-def _backend(text: str | None) -> str | None:
-    from fastgen.backends import BACKENDS
-    from fastgen.errors import UsageError
-
-    if text is not None and text not in BACKENDS:
-        raise UsageError(f"backend: must be one of {', '.join(BACKENDS)}, not {text!r}")
-    return text
 
 
 @app.command()
@@ -150,6 +123,7 @@ def train(
     """Train a model. Example: fastgen train ddpm --data mnist-5k --out runs/digits --steps 5000 --resume auto"""
     import torch
 
+    from fastgen.backends import check_device
     from fastgen.errors import UsageError
     from fastgen.training.ddpm import DDPMRecipe
     from fastgen.training.loop import TrainConfig, start_or_resume
@@ -160,7 +134,8 @@ def train(
         data=data, preset=preset, steps=steps, batch_size=batch_size, lr=lr, cooldown=cooldown,
         precision=precision, seed=seed, save_every=save_every,
     )  # fmt: skip
-    place = _device(device) or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(device)
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     trainer = start_or_resume(DDPMRecipe(config, place), config, out, resume)
     last = trainer.run(progress=False if quiet else None)
     typer.echo(f"trained to step {trainer.step}; draw from it with: fastgen sample {last} -n 16")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastgen import ops
-from fastgen.backends import BackendError, use_backend
+from fastgen.backends import check_backend, check_device, use_backend
 from fastgen.checkpoint import load
 from fastgen.diffusion.samplers import Sampler, get_sampler
 from fastgen.errors import UsageError
@@ -133,6 +133,10 @@ def sample(
     Raises UsageError, a ValueError, that names the argument and the way out.
     """
     _check_counts(n, seed, batch_size)
+    check_device(device)
+    check_backend(backend)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise UsageError(f"dtype: must be a floating torch.dtype such as torch.bfloat16, not {dtype!r}")
     if isinstance(model, nn.Module):
         _check_module(model)
         network = _placed(model, device, dtype)
@@ -216,8 +220,8 @@ def _check_guidance(network: nn.Module, guidance: float, *, asked: bool) -> floa
         if asked and guidance != 1:
             raise UsageError("guidance: this model is unconditional, so there is nothing to guide to; leave it out")
         return 1.0
-    if not 0 <= guidance < float("inf"):
-        raise UsageError(f"guidance: must be a number of at least 0 (1 is none), not {guidance}")
+    if not isinstance(guidance, int | float) or not 0 <= guidance < float("inf"):
+        raise UsageError(f"guidance: must be a number of at least 0 (1 is none), not {guidance!r}")
     return float(guidance)
 
 
@@ -250,18 +254,16 @@ def _labels(network: nn.Module, labels: int | Sequence[int] | Tensor | None, see
 
 @contextmanager
 def _evaluating(network: nn.Module) -> Iterator[None]:
-    was = network.training
+    was = {module: module.training for module in network.modules()}
     network.eval()
     try:
         yield
     finally:
-        network.train(was)
+        for module, training in was.items():
+            module.training = training
 
 
 def _bar(total: int, progress: bool | None) -> tqdm:
     terminal = sys.stderr.isatty()
     quiet = not terminal if progress is None else not progress
     return tqdm(total=total, unit="step", desc="sampling", disable=quiet, mininterval=0.1 if terminal else 5.0)
-
-
-__all__ = ["BackendError", "Samples", "check_output", "sample"]

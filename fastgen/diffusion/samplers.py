@@ -49,8 +49,8 @@ def timestep_sequence(T: int, steps: int, spacing: Spacing = "trailing") -> Tens
     trailing begins at T-1, where training ended; leading ends at 0; linspace does both.
     Raises UsageError unless 1 <= steps <= T.
     """
-    if not 1 <= steps <= T:
-        raise UsageError(f"steps: must be between 1 and {T}, the steps the model was trained with, not {steps}")
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= T:
+        raise UsageError(f"steps: must be between 1 and {T}, the steps the model was trained with, not {steps!r}")
     if spacing == "trailing":
         return (T - torch.arange(steps, dtype=torch.float64) * (T / steps)).round().long() - 1
     if spacing == "leading":
