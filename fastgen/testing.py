@@ -261,7 +261,7 @@ def _eager_diffusion_step(
     x_t: Tensor, model_out: Tensor, coefficients: Tensor, step: Tensor, *, guidance: Any = None, clip: Any = None,
     history: Any = None, keep: Any = None, noise: Any = None, seeds: Any = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    p0, p1, p2, p3, q0, q1, q2, q3, q4 = coefficients[step].to(x_t.dtype)
+    p0, p1, p2, p3, q0, q1, q2, q3, q4 = coefficients.index_select(0, step.reshape(1))[0].to(x_t.dtype)
     m = model_out
     if guidance is not None:
         uncond, cond = m.chunk(2)

@@ -246,9 +246,9 @@ class UNet(nn.Module):
 
         Raises ValueError where the shape or the labels do not fit the configuration.
         """
-        self._check(x, class_labels)
-        config = self.config
-        t = torch.as_tensor(t, device=x.device).expand(x.shape[0])
+        config, t = self.config, torch.as_tensor(t, device=x.device)
+        self._check(x, t, class_labels)
+        t = t.expand(x.shape[0])
         sinusoids = timestep_embedding(
             t, config.channels[0], flip_sin_to_cos=config.flip_sin_to_cos, freq_shift=config.freq_shift
         )
@@ -283,7 +283,7 @@ class UNet(nn.Module):
         x = self.conv_out(_norm_act(self.conv_norm_out, x))
         return F.pixel_shuffle(x, config.patch_size) if config.patch_size > 1 else x
 
-    def _check(self, x: Tensor, class_labels: Tensor | None) -> None:
+    def _check(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> None:
         config = self.config
         if (
             x.ndim != 4
@@ -295,8 +295,12 @@ class UNet(nn.Module):
                 f"x must be [N, {config.in_channels}, H, W] with H and W multiples of {config.multiple}, "
                 f"not {list(x.shape)}"
             )
+        if t.ndim > 1 or (t.ndim == 1 and t.shape[0] not in (1, x.shape[0])):
+            raise ValueError(f"t must be a step, or int64 [{x.shape[0]}], not {list(t.shape)}")
         if class_labels is not None:
             if config.num_classes is None:
                 raise ValueError("class_labels were given, but this model is unconditional (num_classes is None)")
-            if class_labels.shape != x.shape[:1]:
-                raise ValueError(f"class_labels must be int64 [{x.shape[0]}], not {list(class_labels.shape)}")
+            if class_labels.shape != x.shape[:1] or class_labels.dtype != torch.int64:
+                raise ValueError(
+                    f"class_labels must be int64 [{x.shape[0]}], not {class_labels.dtype} {list(class_labels.shape)}"
+                )
