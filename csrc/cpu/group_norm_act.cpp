@@ -145,16 +145,20 @@ FASTGEN_BODY void dz_block(const T* __restrict x, int64_t ldx, const T* __restri
     for (int64_t i = 0; i < nc; ++i) dz[r * nc + i] *= static_cast<W>(dy[r * ldy + i]);
 }
 
-// s1 = sum dz, s2 = sum dz (x - mean), of each column or of the whole tile
+// s1 = sum dz, s2 = sum dz (x - mean), of each column or of the whole tile. Where dz loses nothing in T, it is left
+// in dx for the second pass, which then needs no activation.
 template <bool kColumns, typename T>
-FASTGEN_BODY void sums_body(const T* x, int64_t ldx, const T* dy, int64_t ldy, int64_t rows, int64_t cols,
-                            Params<Wide<T>> p, int code, Wide<T>* __restrict s1, Wide<T>* __restrict s2) {
+FASTGEN_BODY void sums_body(const T* x, int64_t ldx, const T* dy, int64_t ldy, T* __restrict dx, int64_t rows,
+                            int64_t cols, Params<Wide<T>> p, int code, Wide<T>* __restrict s1,
+                            Wide<T>* __restrict s2) {
   using W = Wide<T>;
   alignas(64) W d[kBuffer];
   alignas(64) W dz[kBuffer];
   for (int64_t c = 0; c < (kColumns ? cols : 1); ++c) s1[c] = s2[c] = 0;
   for_blocks(rows, cols, [&](int64_t r0, int64_t nr, int64_t c0, int64_t nc) __attribute__((always_inline)) {
     dz_block<kColumns>(x + r0 * ldx + c0, ldx, dy + r0 * ldy + c0, ldy, nr, nc, c0, p, code, d, dz);
+    if constexpr (std::is_same_v<T, W>)
+      for (int64_t r = 0; r < nr; ++r) std::copy_n(dz + r * nc, nc, dx + (r0 + r) * ldx + c0);
     if constexpr (kColumns) {
       for (int64_t r = 0; r < nr; ++r)
         for (int64_t i = 0; i < nc; ++i) {
@@ -173,8 +177,17 @@ FASTGEN_BODY void sums_body(const T* x, int64_t ldx, const T* dy, int64_t ldy, i
 // dx = a dz - k1 - (x - mean) k2; see group_means
 template <bool kColumns, typename T>
 FASTGEN_BODY void dx_body(const T* x, int64_t ldx, const T* dy, int64_t ldy, T* __restrict dx, int64_t rows,
-                          int64_t cols, Params<Wide<T>> p, const Wide<T>* k1, const Wide<T>* k2, int code) {
+                          int64_t cols, Params<Wide<T>> p, const Wide<T>* __restrict k1, const Wide<T>* __restrict k2,
+                          int code) {
   using W = Wide<T>;
+  if constexpr (std::is_same_v<T, W>) {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = 0; c < cols; ++c) {
+        const W centred = x[r * ldx + c] - param<kColumns>(p.mean, c), dz = dx[r * ldx + c];
+        dx[r * ldx + c] = param<kColumns>(p.a, c) * dz - param<kColumns>(k1, c) - centred * param<kColumns>(k2, c);
+      }
+    return;
+  }
   alignas(64) W d[kBuffer];
   alignas(64) W dz[kBuffer];
   for_blocks(rows, cols, [&](int64_t r0, int64_t nr, int64_t c0, int64_t nc) __attribute__((always_inline)) {
@@ -365,11 +378,11 @@ void group_norm_act_bwd(const Tensor& dy, const Tensor& x, const OptTensor& skip
       const Params<W> p{&m[i], &a[i], &b[i]};
       const T* up = in<T>(dy) + whole;
       if (g.columns)
-        multiversion<sums_body<true, T>>(source[k] + offset, ld, up, ldy, rows, cols, p, code, &parts1[slot],
-                                         &parts2[slot]);
+        multiversion<sums_body<true, T>>(source[k] + offset, ld, up, ldy, target[k] + offset, rows, cols, p, code,
+                                         &parts1[slot], &parts2[slot]);
       else
-        multiversion<sums_body<false, T>>(source[k] + offset, ld, up, ldy, rows, cols, p, code, &parts1[slot],
-                                          &parts2[slot]);
+        multiversion<sums_body<false, T>>(source[k] + offset, ld, up, ldy, target[k] + offset, rows, cols, p, code,
+                                          &parts1[slot], &parts2[slot]);
     });
     add_tiles(g, parts1, s1);
     add_tiles(g, parts2, s2);
