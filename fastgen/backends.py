@@ -72,9 +72,8 @@ def _parse(text: str, source: str) -> tuple[str, ...]:
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     unknown = [name for name in names if name not in BACKENDS]
     if unknown or not names:
-        raise ValueError(
-            f"{source}: unknown backend {', '.join(map(repr, unknown)) or text!r}; choose from {', '.join(BACKENDS)}"
-        )
+        wrong = ", ".join(map(repr, unknown)) or repr(text)
+        raise ValueError(f"{source}: unknown backend {wrong}; choose from {', '.join(BACKENDS)}")
     return names
 
 
@@ -208,6 +207,8 @@ def library_error(kind: str) -> str | None:
         torch.ops.load_library(str(found[0]))
     except OSError as error:
         return f"the {kind} library does not load ({error})"
+    if kind == "cpu":
+        torch.ops.fastgen_cpp.isa()  # a wrong FASTGEN_CPU_ISA is said here, not from inside a kernel's threads
     return None
 
 

@@ -14,7 +14,7 @@ constexpr double kNegativeSlope = 0.01;
 
 #ifdef __CUDA_ARCH__
 FASTGEN_HD float exp_(float x) { return expf(x); }
-FASTGEN_HD float erf_(float x) { return erff(x); }
+FASTGEN_HD float erfc_(float x) { return erfcf(x); }
 #else
 // exp to 2 ulp: x = n ln 2 + r, Cephes' polynomial in r, then n goes into the exponent bits.
 FASTGEN_HD float exp_(float x) {
@@ -32,31 +32,37 @@ FASTGEN_HD float exp_(float x) {
   const float scale = bits_float((float_bits(shifted) - float_bits(12582912.0f) + 127u) << 23);
   return x < -87.3f ? 0.0f : y * scale;  // below the smallest normal number: 0
 }
-// erf by a rational function of x on [-4, 4], beyond which it is +-1 in fp32 (the form of Eigen's and XLA's).
-FASTGEN_HD float erf_(float x) {
-  const float a = x > 4.0f ? 4.0f : x, b = a < -4.0f ? -4.0f : a;
-  const float z = b * b;
-  float p = -2.72614225801306e-10f;
-  p = p * z + 2.77068142495902e-08f;
-  p = p * z + -2.10102402082508e-06f;
-  p = p * z + -5.69250639462346e-05f;
-  p = p * z + -7.34990630326855e-04f;
-  p = p * z + -2.95459980854025e-03f;
-  p = p * z + -1.60960333262415e-02f;
-  float q = -1.45660718464996e-05f;
-  q = q * z + -2.13374055278905e-04f;
-  q = q * z + -1.68282697438203e-03f;
-  q = q * z + -7.37332916720468e-03f;
-  q = q * z + -1.42647390514189e-02f;
-  return b * p / q;
+// erfc to 1.2e-7 of its value (Press et al., Numerical Recipes, section 6.2): also where erf is all but +-1.
+FASTGEN_HD float erfc_(float x) {
+  const float a = x < 0.0f ? -x : x;
+  const float t = 1.0f / (1.0f + 0.5f * a);
+  float p = 0.17087277f;
+  p = p * t + -0.82215223f;
+  p = p * t + 1.48851587f;
+  p = p * t + -1.13520398f;
+  p = p * t + 0.27886807f;
+  p = p * t + -0.18628806f;
+  p = p * t + 0.09678418f;
+  p = p * t + 0.37409196f;
+  p = p * t + 1.00002368f;
+  p = p * t + -1.26551223f;
+  const float tail = t * exp_(p - a * a);
+  return x < 0.0f ? 2.0f - tail : tail;
 }
 #endif
 FASTGEN_HD double exp_(double x) { return exp(x); }
-FASTGEN_HD double erf_(double x) { return erf(x); }
+FASTGEN_HD double erfc_(double x) { return erfc(x); }
 
 template <typename T>
 FASTGEN_HD T sigmoid_(T x) {
   return T(1) / (T(1) + exp_(-x));
+}
+// s and 1 - s for s = sigmoid(x), neither by cancellation.
+template <typename T>
+FASTGEN_HD void sigmoid_pair(T x, T& s, T& rest) {
+  const T e = exp_(-x);
+  s = T(1) / (T(1) + e);
+  rest = x > T(0) ? e * s : T(1) - s;
 }
 // 1 - 2 / (e^2x + 1): in fp32 the absolute error near 0 is 6e-8, of the size of one rounding of the result's scale.
 FASTGEN_HD float tanh_(float x) { return 1.0f - 2.0f / (exp_(2.0f * x) + 1.0f); }
@@ -72,8 +78,8 @@ FASTGEN_HD T act(T x) {
   if constexpr (kAct == kRelu) return x < T(0) ? T(0) : x;
   if constexpr (kAct == kLeakyRelu) return x < T(0) ? x * T(kNegativeSlope) : x;
   if constexpr (kAct == kSilu) return x * sigmoid_(x);
-  if constexpr (kAct == kGelu) return T(0.5) * x * (T(1) + erf_(x * T(0.7071067811865476)));
-  if constexpr (kAct == kGeluTanh) return T(0.5) * x * (T(1) + tanh_(gelu_tanh_inner(x)));
+  if constexpr (kAct == kGelu) return T(0.5) * x * erfc_(x * T(-0.7071067811865476));
+  if constexpr (kAct == kGeluTanh) return x * sigmoid_(T(2) * gelu_tanh_inner(x));  // (1 + tanh u) / 2 = sigmoid(2u)
   if constexpr (kAct == kTanh) return tanh_(x);
   if constexpr (kAct == kSigmoid) return sigmoid_(x);
   return x;
@@ -84,25 +90,27 @@ FASTGEN_HD T act_grad(T x) {
   if constexpr (kAct == kRelu) return x > T(0) ? T(1) : T(0);
   if constexpr (kAct == kLeakyRelu) return x > T(0) ? T(1) : T(kNegativeSlope);
   if constexpr (kAct == kSilu) {
-    const T s = sigmoid_(x);
-    return s * (T(1) + x * (T(1) - s));
+    T s, rest;
+    sigmoid_pair(x, s, rest);
+    return s * (T(1) + x * rest);
   }
   if constexpr (kAct == kGelu) {
-    const T cdf = T(0.5) * (T(1) + erf_(x * T(0.7071067811865476)));
+    const T cdf = T(0.5) * erfc_(x * T(-0.7071067811865476));
     return cdf + x * T(0.3989422804014327) * exp_(T(-0.5) * x * x);
   }
   if constexpr (kAct == kGeluTanh) {
-    const T t = tanh_(gelu_tanh_inner(x));
-    const T inner_grad = T(0.7978845608028654) * (T(1) + T(3 * 0.044715) * x * x);
-    return T(0.5) * (T(1) + t) + T(0.5) * x * (T(1) - t * t) * inner_grad;
+    T s, rest;
+    sigmoid_pair(T(2) * gelu_tanh_inner(x), s, rest);
+    return s + T(2) * x * s * rest * T(0.7978845608028654) * (T(1) + T(3 * 0.044715) * x * x);
   }
   if constexpr (kAct == kTanh) {
     const T t = tanh_(x);
     return T(1) - t * t;
   }
   if constexpr (kAct == kSigmoid) {
-    const T s = sigmoid_(x);
-    return s * (T(1) - s);
+    T s, rest;
+    sigmoid_pair(x, s, rest);
+    return s * rest;
   }
   return T(1);
 }

@@ -19,7 +19,7 @@ namespace {
 
 constexpr int64_t kBuffer = 1024;     // elements that pass through the activation at once, in L1
 constexpr int64_t kTile = 16 * 1024;  // elements in a tile, in L2
-constexpr int64_t kRows = 256;        // pixels in a channels-last tile, summed one after the other in fp32
+constexpr int64_t kRows = 64;         // pixels in a channels-last tile, summed one after the other in fp32
 
 // A tile's parameters: one entry a column (channels last) or a single one (contiguous).
 template <bool kColumns, typename W>

@@ -184,9 +184,9 @@ def _backward(ctx: Any, dy: Tensor | None, dkept: Tensor | None) -> tuple:
     dguidance = None
     if guidance is not None:
         if ctx.needs_input_grad[4]:
-            per_image = (dm * (cond - uncond)).flatten(1).sum(1)
+            per_image = (dm * (cond - uncond)).flatten(1).sum(1, dtype=torch.float64)
             dguidance = (
-                (per_image if guidance.numel() == len(x) else per_image.sum())
+                (per_image if guidance.numel() == x.shape[0] else per_image.sum())
                 .reshape(guidance.shape)
                 .to(guidance.dtype)
             )

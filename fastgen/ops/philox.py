@@ -134,7 +134,7 @@ def _log(u: Tensor) -> Tensor:
 def _normal(seeds: Tensor, shape: list[int], step: int, stream: int, dtype: torch.dtype, backend: str | None) -> Tensor:
     backend = backends.resolve("philox_normal", seeds.device, backend)
     if backend == "reference":
-        return philox_normal_reference(seeds, shape, step, stream, dtype)
+        return philox_normal_reference(seeds, shape, step, stream, dtype).contiguous()
     out = torch.empty((len(seeds), *shape), dtype=dtype, device=seeds.device)
     backends.kernel("philox_normal", "philox_normal_fwd", backend)(seeds.contiguous(), step, stream, out)
     return out

@@ -54,7 +54,7 @@ def q_sample_reference(
 
 def _rows(table: Tensor, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """The two coefficients of each image, shaped to go with x [N, *]."""
-    a, b = table[t].to(wide(x.dtype)).reshape(len(t), 2, *[1] * (x.ndim - 1)).unbind(1)
+    a, b = table[t].to(wide(x.dtype)).reshape(t.shape[0], 2, *[1] * (x.ndim - 1)).unbind(1)
     return a, b
 
 

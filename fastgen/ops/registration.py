@@ -99,8 +99,20 @@ def _autograd_function(name: str, forward: Callable, setup_context: Callable, ba
         ctx.set_materialize_grads(False)
         setup_context(ctx, inputs, output)
 
-    members = {"forward": forward, "setup_context": setup, "backward": backward}
-    return type(f"{name}_function", (torch.autograd.Function,), {k: staticmethod(f) for k, f in members.items()})
+    def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
+        """One call an element, as the dispatcher does for an op without a batching rule."""
+        rows = (
+            [a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)]
+            for i in range(info.batch_size)
+        )
+        outputs = [function.apply(*row) for row in rows]
+        if isinstance(outputs[0], Tensor):
+            return torch.stack(outputs), 0
+        return tuple(torch.stack(column) for column in zip(*outputs, strict=True)), (0,) * len(outputs[0])
+
+    members = {"forward": forward, "setup_context": setup, "backward": backward, "vmap": vmap}
+    function = type(f"{name}_function", (torch.autograd.Function,), {k: staticmethod(f) for k, f in members.items()})
+    return function
 
 
 def vjp(fn: Callable, inputs: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> list[Tensor | None]:

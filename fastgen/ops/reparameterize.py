@@ -67,7 +67,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     backend = backends.resolve("reparameterize", mu.device, backend)
     if backend == "reference":
-        return reparameterize_reference(mu, logvar, noise, seeds)
+        z, kl = reparameterize_reference(mu, logvar, noise, seeds)
+        return dense(z, like=mu), kl
     mu, logvar, noise = dense(mu), dense(logvar, like=mu), dense(noise, like=mu)
     z, kl = torch.empty_like(mu), torch.empty(len(mu), dtype=wide(mu.dtype), device=mu.device)
     backends.kernel("reparameterize", "reparameterize_fwd", backend)(mu, logvar, noise, dense(seeds), z, kl)
@@ -104,7 +105,8 @@ def _backward_op(
     backend = backends.resolve("reparameterize", mu.device, backend)
     if backend == "reference":
         with torch.no_grad():
-            return tuple(_vjp(dz, dkl, mu, logvar, noise, seeds))
+            dmu, dlogvar = _vjp(dz, dkl, mu, logvar, noise, seeds)
+        return dense(dmu, like=mu), dense(dlogvar, like=mu)
     mu, logvar, noise, dz = dense(mu), dense(logvar, like=mu), dense(noise, like=mu), dense(dz, like=mu)
     dkl = None if dkl is None else dkl.contiguous()
     dmu, dlogvar = torch.empty_like(mu), torch.empty_like(logvar)

@@ -7,6 +7,7 @@ generator state: step s is the same step whenever it runs.
 from __future__ import annotations
 
 import csv
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -28,6 +29,8 @@ from fastgen.checkpoint import (
     write_checkpoint,
 )
 from fastgen.errors import UsageError
+
+LOG_EVERY = 100
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ class TrainConfig:
         for name in ("steps", "batch_size", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name.replace('_', '-')}: must be at least 1, not {getattr(self, name)}")
+        if not 0 < self.lr < math.inf:
+            raise UsageError(f"lr: must be a number above 0, not {self.lr}")
         if not 0 <= self.cooldown <= self.steps:
             raise UsageError(f"cooldown: must be between 0 and steps, {self.steps}, not {self.cooldown}")
         if self.precision not in ("fp32", "bf16"):
@@ -84,7 +89,8 @@ class Trainer:
         self.step = 0
 
     def run(self, progress: bool | None = None, on_save: Callable[[Path], None] | None = None) -> Path:
-        """Trains to the end and returns the last checkpoint. ``progress`` None: a bar on a terminal only."""
+        """Trains to the end and returns the last checkpoint. ``progress`` None: a bar on a terminal only.
+        ``on_save`` is called with each checkpoint, once it is whole."""
         model, config = self.recipe.model.train(), self.config
         self.out.mkdir(parents=True, exist_ok=True)
         bar = tqdm(
@@ -96,17 +102,19 @@ class Trainer:
                 losses.append(self._train_step(model))
                 self.step += 1
                 bar.update()
-                if self.step % 100 == 0 or self.step == config.steps:
+                last = self.step == config.steps
+                saving = last or self.step % config.save_every == 0
+                if saving or self.step % LOG_EVERY == 0:  # looked at before saving: a NaN must not replace what is good
                     rate = config.batch_size * (self.step - first) / (time.perf_counter() - started)
                     loss = torch.stack(losses).mean().item()
                     losses.clear()
-                    if loss != loss:
+                    if not math.isfinite(loss):
                         raise FloatingPointError(
-                            f"the loss became NaN before step {self.step}; lower --lr or use --precision fp32"
+                            f"the loss became NaN or inf before step {self.step}; lower --lr or use --precision fp32"
                         )
                     bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s")
                     self._log(loss, rate)
-                if self.step % config.save_every == 0 or self.step == config.steps:
+                if saving:
                     path = self.save()
                     if on_save:
                         on_save(path)
@@ -166,28 +174,29 @@ class Trainer:
         verify(checkpoint)
         saved: dict[str, Any] = read_json(checkpoint / "config.json").get("training", {})
         step = saved.pop("step", None)
+        if step is None:
+            raise UsageError(f"resume: {checkpoint} holds no training state; it can only be sampled from")
         now = asdict(self.config)
         free = ["save_every", "keep"]  # these change no step already taken
-        begun = [c for c in (saved, now) if step is not None and step > c.get("steps", 0) - c.get("cooldown", 0)]
+        begun = [c for c in (saved, now) if step > c.get("steps", 0) - c.get("cooldown", 0)]
         if not begun:  # nor do these, before any cooldown
             free += ["steps", "cooldown"]
         differing = [
             f"{k} {saved.get(k)!r} there, {v!r} now" for k, v in now.items() if k not in free and saved.get(k) != v
         ]
-        if step is None or differing:
-            raise UsageError(
-                f"resume: {checkpoint} was made with other settings: {'; '.join(differing) or 'no training state'}"
-            )
+        if differing:
+            raise UsageError(f"resume: {checkpoint} was made with other settings: {'; '.join(differing)}")
         state = read_tensors(checkpoint / "training.safetensors")
         self.recipe.model.load_state_dict(
             {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
         )
         for k, v in read_tensors(checkpoint / "model.safetensors").items():
             self.ema[k].copy_(v)
-        slots = {
-            i: {k.rsplit(".", 1)[1]: v for k, v in state.items() if k.startswith(f"optimizer.{name}.")}
-            for i, name in enumerate(self.params)
-        }
+        slots = {}
+        for i, (name, p) in enumerate(self.params.items()):
+            slot = {k.rsplit(".", 1)[1]: v for k, v in state.items() if k.startswith(f"optimizer.{name}.")}
+            # A file knows no memory layout, and the fused optimizer walks parameter and moments side by side in memory.
+            slots[i] = {k: torch.empty_like(p).copy_(v) if v.shape == p.shape else v for k, v in slot.items()}
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})
         self.step = step
 

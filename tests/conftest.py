@@ -1,0 +1,55 @@
+"""What every test stands on: Triton's interpreter where there is no GPU, filled memory, two threads, the mark `gpu`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which nothing has done yet
+os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # its cache on disk does not know our fake kernels
+for _name in ("FASTGEN_BACKEND", "FASTGEN_CPU_ISA"):
+    os.environ.pop(_name, None)
+
+sys.path.insert(0, str(Path(__file__).parent / "ops"))  # suite.py, for the tests that stand outside ops/
+pytest.register_assert_rewrite("suite")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if HAS_GPU:
+        return
+    skip = pytest.mark.skip(reason="needs a GPU, and PyTorch sees none")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def two_threads() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def filled_memory():
+    """torch.empty gives NaN, and the largest value of an integer type: an output that was not written shows.
+
+    PyTorch does that in its deterministic mode, below Python, so for C++ callers too.
+    """
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    """No compiled code outlives its test, so that recompile limits and dynamic shapes do not leak."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()

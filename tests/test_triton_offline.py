@@ -1,0 +1,301 @@
+"""Every Triton kernel compiles for GPUs that this machine need not have: no spills, no oversized shared memory.
+
+Run as a program it is the compiler, a process of its own without TRITON_INTERPRET (an interpreted
+function cannot be compiled): ``test_triton_offline.py TARGET representative|all|huge`` prints the
+results as JSON. A configuration is a call of a launcher on meta tensors; what it would have launched is
+recorded and compiled. So the compiled signatures are the launched ones.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Target: backend, architecture, threads per warp, bytes of shared memory that a program may use.
+TARGETS = {
+    "sm_80": ("cuda", 80, 32, 163 * 1024),
+    "sm_90": ("cuda", 90, 32, 227 * 1024),
+    "sm_100": ("cuda", 100, 32, 227 * 1024),
+    "gfx942": ("hip", "gfx942", 64, 64 * 1024),
+}
+# Noise is the same bits everywhere only where a * b + c is rounded twice.
+EXACT = re.compile("philox_normal|reparameterize|q_sample|diffusion_step|to_uint8")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_compiles(target: str) -> None:
+    results = _compile(target, "representative")
+    missing = set(results["kernels"]) - {r["kernel"] for r in results["compiled"]}
+    assert not missing, f"kernels without a configuration in {Path(__file__).name}: {', '.join(sorted(missing))}"
+    _check(target, results)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("target", TARGETS)
+def test_compiles_everything(target: str) -> None:
+    _check(target, _compile(target, "all"))
+
+
+def _compile(target: str, level: str) -> dict[str, Any]:
+    pytest.importorskip("triton")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, __file__, target, level], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _check(target: str, results: dict[str, Any]) -> None:
+    faults = [f"{r['kernel']} ({r['configuration']}): {fault}" for r in results["compiled"] for fault in r["faults"]]
+    assert not faults, f"{len(faults)} faults for {target}:\n" + "\n".join(faults)
+
+
+def test_images_beyond_32_bits() -> None:
+    """One image of 2^31 elements is indexed in 64 bits. (That a batch is, every configuration is checked for.)"""
+    _check("sm_90", _compile("sm_90", "huge"))
+
+
+def test_narrow_offsets_are_noticed() -> None:
+    """The check of index widths sees the classic mistake: image number times image size in 32 bits."""
+    ttir = """
+      %pid = tt.get_program_id x : i32 loc(#loc1)
+      %n = arith.divsi %pid, %blocks : i32 loc(#loc2)
+      %bad = arith.muli %n, %size : i32 loc(#loc3)
+      %wide = arith.extsi %n : i32 to i64 loc(#loc4)
+      %good = arith.muli %wide, %size64 : i64 loc(#loc5)
+      %rest = arith.remsi %pid, %blocks : i32 loc(#loc6)
+      %first = arith.muli %rest, %c128 : i32 loc(#loc7)"""
+    assert _narrow_offsets(ttir) == ["arith.muli %n, %size : i32"]
+    assert _narrow_offsets(ttir, huge=True) == ["arith.muli %n, %size : i32", "arith.muli %rest, %c128 : i32"]
+
+
+def _narrow_offsets(ttir: str, huge: bool = False) -> list[str]:
+    """32-bit sums and products of a program's number, or of what it says about which image: they overflow.
+
+    The remainder of a division says where in the image: 32 bits will do, unless one image alone is huge.
+    """
+    unbounded: set[str] = set()
+    faults = []
+    for name, operation, operands, types in re.findall(r"(%[\w:]+) = ([\w.]+) ([^:\n]*) : ([^\n]*)", ttir):
+        if operation == "tt.get_program_id":
+            unbounded.add(name)
+            continue
+        if operation == "arith.trunci":  # on purpose: Philox's counter is a 32-bit word
+            continue
+        bounded = operation.endswith(("remsi", "remui")) and not huge
+        if bounded or not unbounded.intersection(re.findall(r"%[\w#]+", operands)):
+            continue
+        kind = types.split(" loc(")[0]
+        if operation in ("arith.muli", "arith.addi", "arith.shli") and kind.endswith(("i32", "i32>")):
+            faults.append(f"{operation} {operands.strip()} : {kind}")
+        if operation.startswith("arith.") or operation in ("tt.splat", "tt.broadcast", "tt.expand_dims"):
+            unbounded.add(name)
+    return faults
+
+
+# What follows runs in the other process.
+
+
+def configurations(level: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Name and launcher call: "representative": every kernel, "all": the matrix, "huge": 2^31 elements."""
+    import torch
+
+    dtypes = {"representative": (torch.bfloat16,), "all": (torch.bfloat16, torch.float32, torch.float64)}
+    for dtype in dtypes.get(level, (torch.float32,)):
+        for last in {"representative": (False,), "all": (False, True)}.get(level, (True,)):
+            yield from _elementwise(dtype, last, level)
+            yield from _group_norm(dtype, last, level)
+    if level == "representative":
+        yield from _group_norm(torch.float64, True, level)
+
+
+def _meta(dtype: Any, last: bool, *shape: int) -> Any:
+    import torch
+
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    return x.contiguous(memory_format=torch.channels_last) if last else x
+
+
+def _elementwise(dtype: Any, last: bool, level: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    """With generated noise, and with "all" also with noise that is given."""
+    import torch
+    from fastgen.kernels.diffusion_step import diffusion_step_fwd
+    from fastgen.kernels.philox import philox_bits_fwd, philox_normal_fwd
+    from fastgen.kernels.q_sample import q_sample_fwd
+    from fastgen.kernels.reparameterize import reparameterize_bwd, reparameterize_fwd
+    from fastgen.kernels.to_uint8 import to_uint8_fwd
+
+    n, image = 4, (3, 2**15, 2**15) if level == "huge" else (3, 64, 64)
+    x, two = _meta(dtype, last, n, *image), _meta(dtype, last, 2 * n, *image)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    ids, step = (_meta(torch.int64, False, *shape) for shape in ((n,), ()))
+    table, rows, g, kl = (_meta(torch.float32, False, *shape) for shape in ((1000, 2), (50, 9), (), (n,)))
+    kl = kl.to(wide)
+    name = f"{dtype}{' channels_last' * last}"
+    yield f"{name} normal", lambda: philox_normal_fwd(ids, 7, 0, x)
+    yield f"{name} bits", lambda: philox_bits_fwd(ids, 7, 0, _meta(torch.int64, False, n, 100))
+    yield f"{name} bytes", lambda: to_uint8_fwd(x, _meta(torch.uint8, False, n, *image[1:], image[0]))
+    for noise, seeds in ((None, ids), (x, None)) if level == "all" else ((None, ids),):
+        name = f"{dtype}{' channels_last' * last} {'seeds' if noise is None else 'noise'}"
+        yield name, lambda a=(x, x, noise, seeds): reparameterize_fwd(*a, x, kl)
+        yield name, lambda a=(x, kl, x, x, noise, seeds): reparameterize_bwd(*a, x, x)
+        yield name, lambda a=(x, ids, table, noise, seeds): q_sample_fwd(*a, x, x if a[4] is not None else None)
+        a = (x, x, rows, step, None, None, None, 0, noise, seeds, x, None)
+        yield f"{name} plain", lambda a=a: diffusion_step_fwd(*a)
+        a = (x, two, rows, step, g, 1.0, x, 1, noise, seeds, x, x)
+        yield f"{name} guided", lambda a=a: diffusion_step_fwd(*a)
+
+
+def _group_norm(dtype: Any, last: bool, level: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Small groups (one kernel), large groups (three); with "all" odd shapes, and every activation on two of them."""
+    shapes: dict[str, tuple[int, int, tuple[int, int], int]] = {
+        "skip": (256, 128, (16, 16), 32), "large": (128, 0, (64, 64), 16),
+    }  # fmt: skip
+    if level == "huge":
+        shapes = {"huge": (8, 0, (2**15, 2**14), 4)}
+    elif level == "all":
+        shapes |= {
+            "small": (128, 0, (16, 16), 32), "one channel": (1, 0, (28, 28), 1),
+            "odd": (33, 7, (9, 5), 8), "odd large": (33, 7, (99, 51), 8),
+            "layer norm": (512, 0, (32, 32), 1), "instance norm": (64, 0, (64, 64), 64),
+            "one pixel": (512, 0, (1, 1), 32), "skip large": (128, 128, (128, 128), 32),
+        }  # fmt: skip
+    every = set(itertools.product(shapes, (3,), (True, False) if level == "all" else (True,)))
+    if level == "all":
+        every |= set(itertools.product(("odd", "odd large"), range(8), (True,)))
+    for shape, act, full in sorted(every):
+        name = f"{dtype}{' channels_last' * last} {shape} act={act}{' weight bias scale shift' * full}"
+        yield name, lambda a=(dtype, last, *shapes[shape], act, full): _launch_group_norm(*a)
+
+
+def _launch_group_norm(
+    dtype: Any, last: bool, c1: int, c2: int, positions: tuple[int, int], groups: int, act: int, full: bool
+) -> None:
+    import torch
+    from fastgen.kernels.group_norm_act import group_norm_act_bwd, group_norm_act_fwd
+
+    n, c, wide = 2, c1 + c2, torch.float64 if dtype == torch.float64 else torch.float32
+    x, y = _meta(dtype, last, n, c1, *positions), _meta(dtype, last, n, c, *positions)
+    skip = _meta(dtype, last, n, c2, *positions) if c2 else None
+    weight, scale = (_meta(wide, False, *shape) if full else None for shape in ((c,), (n, c)))
+    statistics, sums = _meta(wide, False, n, groups), _meta(wide, False, n, c)
+    parameters = (weight, weight, scale, scale)
+    group_norm_act_fwd(x, skip, *parameters, groups, 1e-5, act, y, statistics, statistics)
+    group_norm_act_bwd(y, x, skip, *parameters, statistics, statistics, groups, act, x, skip, sums, sums)
+
+
+def main(target: str, level: str) -> None:
+    """Prints the names of all kernels and what compiling each distinct launch gave."""
+    import triton
+
+    launched: list[tuple[Any, tuple, dict]] = []
+    triton.JITFunction.run = lambda self, *args, grid, warmup, **kwargs: launched.append((self, args, kwargs))
+    compiled: dict[str, dict[str, Any]] = {}
+    for name, call in configurations(level):
+        launched.clear()
+        call()
+        for function, args, kwargs in launched:
+            source, options = _source(function, args, kwargs)
+            result = {"kernel": function.__name__, "configuration": f"{level}: {name}"}
+            compiled.setdefault(source.hash(), {**result, "source": source, "options": options})
+    for result in compiled.values():
+        result["faults"] = _faults(target, **result)
+        del result["source"], result["options"]
+    print(json.dumps({"kernels": _kernels(), "compiled": list(compiled.values())}))
+
+
+def _kernels() -> list[str]:
+    """The names of all functions `*_kernel` under Triton's jit in fastgen.kernels."""
+    import fastgen.kernels
+    import triton
+
+    found = set()
+    for file in pkgutil.iter_modules(fastgen.kernels.__path__):
+        functions = vars(importlib.import_module(f"fastgen.kernels.{file.name}")).items()
+        found |= {k for k, v in functions if k.endswith("_kernel") and isinstance(v, triton.JITFunction)}
+    return sorted(found)
+
+
+def _source(function: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """What Triton would compile for a launch: types, constants, and which arguments 16 divides."""
+    import torch
+    from triton.compiler import ASTSource
+    from triton.runtime.jit import mangle_type
+
+    values = dict(zip(function.arg_names, args, strict=False)) | kwargs
+    options = {k: values.pop(k) for k in list(values) if k not in function.arg_names}
+    signature, constants, attributes = {}, {}, {}
+    for parameter in function.params:
+        value = values[parameter.name]
+        specialised = not parameter.do_not_specialize
+        integer = isinstance(value, int) and not isinstance(value, bool)
+        if parameter.is_constexpr or value is None or (specialised and integer and value == 1):
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+            continue
+        signature[parameter.name] = mangle_type(value)
+        if isinstance(value, torch.Tensor) or (specialised and value % 16 == 0):
+            attributes[(parameter.num,)] = [["tt.divisibility", 16]]
+    return ASTSource(function, signature, constants, attributes), options
+
+
+def _faults(target: str, kernel: str, configuration: str, source: Any, options: dict[str, Any]) -> list[str]:
+    """Compiles; what is wrong with the result, in words."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    backend, architecture, warp, most_shared = TARGETS[target]
+    try:
+        binary = triton.compile(source, target=GPUTarget(backend, architecture, warp), options=options)
+    except Exception as error:
+        return [f"does not compile: {error.__cause__ or ''} {str(error)[-400:]}"]
+    faults = [
+        f"32-bit offset: {line}" for line in _narrow_offsets(binary.asm["ttir"], configuration.startswith("huge"))
+    ]
+    if binary.metadata.shared > most_shared:
+        faults.append(f"{binary.metadata.shared} bytes of shared memory, of {most_shared}")
+    # fp64, which is there to prove the kernels, divides in a subroutine: ptxas saves a register or two around it.
+    allowed = 8 if "*fp64" in source.signature.values() else 0
+    spilled = _spilled_nvidia(binary.asm["cubin"], allowed) if backend == "cuda" else _spilled_amd(binary.asm["amdgcn"])
+    if spilled:
+        faults.append(f"spills {spilled}")
+    if backend == "cuda" and EXACT.match(kernel) and "fma.rn.f32" in binary.asm["ptx"]:
+        faults.append("contracts a * b + c: launch it with **EXACT")
+    return faults
+
+
+def _spilled_nvidia(cubin: bytes, allowed: int) -> str:
+    """What lies in local memory, as cuobjdump reports it; empty if it is no more than ``allowed`` bytes a thread."""
+    import triton.backends.nvidia
+
+    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, check=True
+        ).stdout.decode()
+    found = dict(re.findall(r"(STACK|LOCAL):(\d+)", usage))
+    assert found, f"cuobjdump printed no resource usage: {usage}"
+    return " ".join(f"{k}:{v}" for k, v in found.items() if int(v) > allowed)
+
+
+def _spilled_amd(assembly: str) -> str:
+    """The vector registers spilled, as the metadata of the code object has it (scalar ones go to vector registers)."""
+    count = int(re.search(r"\.vgpr_spill_count:\s*(\d+)", assembly)[1])
+    return f"{count} vector registers" if count else ""
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
