@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fastgen import backends
-from fastgen.doctor import doctor
+from fastgen.diagnosis import doctor
 
 FORMAT = 1
 ROOT = Path(__file__).parent.parent

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from fastgen import ops
     from fastgen.backends import use_backend
     from fastgen.checkpoint import load, save
-    from fastgen.doctor import doctor
+    from fastgen.diagnosis import doctor
     from fastgen.errors import UsageError
     from fastgen.sampling import Samples, sample
 
@@ -33,7 +33,7 @@ _WHERE = {
     "BackendError": "backends",
     "Samples": "sampling",
     "UsageError": "errors",
-    "doctor": "doctor",
+    "doctor": "diagnosis",
     "load": "checkpoint",
     "sample": "sampling",
     "save": "checkpoint",

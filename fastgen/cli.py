@@ -28,7 +28,10 @@ def main() -> None:
     from fastgen.errors import UsageError
 
     try:
-        sys.exit(app(standalone_mode=False) or 0)
+        code = app(standalone_mode=False) or 0
+        if code == 130:  # what typer makes of Ctrl-C
+            _fail("interrupted", code)
+        sys.exit(code)
     except (UsageError, _BadUsage) as error:
         message = error.format_message() if isinstance(error, _BadUsage) else str(error)
         _fail(message, 2)
@@ -157,7 +160,7 @@ def models(as_json: Annotated[bool, typer.Option("--json", help="For scripts.")]
 @app.command()
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False) -> None:
     """Show which kernels run here, and why the others do not. Example: fastgen doctor"""
-    from fastgen.doctor import doctor as examine
+    from fastgen.diagnosis import doctor as examine
 
     report = examine()
     typer.echo(json.dumps(report.as_dict(), indent=2) if as_json else str(report))

@@ -144,10 +144,13 @@ def test_one_that_cannot_run_says_why(missing, monkeypatch):
     x = torch.zeros(1, 3, 2, 2)
     with pytest.raises(BackendError, match=r"backend=cpp: to_uint8 cannot run on cpu with it; cpp: gone"):
         ops.to_uint8(x, backend="cpp")
-    with pytest.raises(BackendError, match=r"use_backend=cuda,cpp: .*cuda: it is for cuda tensors; cpp: gone"), use_backend("cuda,cpp"):
+    with (
+        pytest.raises(BackendError, match=r"use_backend=cuda,cpp: .*cuda: it is for cuda tensors; cpp: gone"),
+        use_backend("cuda,cpp"),
+    ):
         ops.to_uint8(x)
     monkeypatch.setenv("FASTGEN_BACKEND", "triton")
-    with pytest.raises(BackendError, match="FASTGEN_BACKEND=triton: .*triton: gone"):
+    with pytest.raises(BackendError, match=r"FASTGEN_BACKEND=triton: .*triton: gone"):
         ops.to_uint8(x)
 
 

@@ -61,9 +61,21 @@ void step(const double* c, const double* v, double clip, double* out) {
 def library(tmp_path_factory):
     folder = tmp_path_factory.mktemp("common")
     (folder / "common.cpp").write_text(SOURCE)
-    command = [*COMPILER.split(), "-std=c++20", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared"]
+    command = [
+        *COMPILER.split(),
+        "-std=c++20",
+        "-O2",
+        "-ffp-contract=off",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-fPIC",
+        "-shared",
+    ]
     done = subprocess.run(
-        [*command, f"-I{COMMON}", str(folder / "common.cpp"), "-o", str(folder / "common.so")], capture_output=True, text=True
+        [*command, f"-I{COMMON}", str(folder / "common.cpp"), "-o", str(folder / "common.so")],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     return ctypes.CDLL(str(folder / "common.so"))
@@ -108,7 +120,9 @@ def test_normals_are_the_references_bit_for_bit(library):
 
 
 def test_logarithm(library):
-    u = np.unique(np.concatenate([np.arange(1, 2**14), 2**24 - np.arange(2**14), np.geomspace(1, 2**24, 9999).astype(int)]))
+    u = np.unique(
+        np.concatenate([np.arange(1, 2**14), 2**24 - np.arange(2**14), np.geomspace(1, 2**24, 9999).astype(int)])
+    )
     u = (u / 2**24).astype(np.float32)
     out = np.zeros_like(u)
     library.logs(pointer(u), pointer(out), len(u))
@@ -126,7 +140,9 @@ def run_activation(library, name: str, grad: bool, x: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("grad", [False, True], ids=["value", "derivative"])
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations(library, name, grad):
-    points = np.concatenate([np.linspace(-120, 120, 48_001), np.linspace(-6, 6, 48_001), [0.0, 1e-30, -1e-30, 1e4, -1e4]])
+    points = np.concatenate(
+        [np.linspace(-120, 120, 48_001), np.linspace(-6, 6, 48_001), [0.0, 1e-30, -1e-30, 1e4, -1e4]]
+    )
     for dtype in (np.float32, np.float64):
         x = points.astype(dtype)
         exact = evaluate(name, grad, torch.from_numpy(x).double()).numpy()
@@ -159,4 +175,6 @@ def test_diffusion_step(library):
         out = np.zeros(3)
         library.step(pointer(c), pointer(np.array([x, m, history, noise])), ctypes.c_double(clip), pointer(out))
         x0, eps = np.clip(c[0] * x + c[1] * m, -clip, clip), c[2] * x + c[3] * m
-        np.testing.assert_allclose(out, [c[4] * x + c[5] * x0 + c[6] * eps + c[7] * history + c[8] * noise, x0, eps], rtol=1e-13)
+        np.testing.assert_allclose(
+            out, [c[4] * x + c[5] * x0 + c[6] * eps + c[7] * history + c[8] * noise, x0, eps], rtol=1e-13
+        )

@@ -29,7 +29,7 @@ STEMS = sorted(set(backends.STEMS.values()))
 LAYERS: list[set[str]] = [
     {"__main__"},
     {"cli"},
-    {"testing", "doctor", "training", "sampling"},
+    {"testing", "diagnosis", "training", "sampling"},
     {"checkpoint"},
     {"models"},
     {"diffusion"},

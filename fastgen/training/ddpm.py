@@ -45,7 +45,7 @@ class DDPMRecipe:
             .network(
                 network,
                 DiffusionConfig(schedule="cosine", prediction="v"),
-                SamplingDefaults(sampler="ddim", steps=50, guidance=1.5),
+                SamplingDefaults(sampler="ddim", steps=30, guidance=2.0),
             )
             .to(device=device, memory_format=torch.channels_last)
         )

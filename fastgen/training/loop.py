@@ -205,6 +205,8 @@ def start_or_resume(recipe: Recipe, config: TrainConfig, out: Path, resume: str 
     """A Trainer at the right step: fresh, or from the newest checkpoint in ``out`` with resume="auto"."""
     if resume not in (None, "auto"):
         raise UsageError(f"resume: must be 'auto' or left out, not {resume!r}")
+    if any(place.exists() and not place.is_dir() for place in (out, *out.parents)):
+        raise UsageError(f"out: {out} is, or lies in, a file; give a folder, which is created where it does not exist")
     existing = checkpoints_of(out) if out.is_dir() else []
     if existing and resume is None:
         raise UsageError(f"out: {out} already holds a run; give --resume auto to go on with it, or another folder")

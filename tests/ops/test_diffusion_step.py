@@ -4,12 +4,14 @@ import pytest
 import torch
 from suite import OpSuite, places
 
+from fastgen import testing
 from fastgen.ops import Stream, diffusion_step, philox_normal_reference
 
 
 class TestDiffusionStep(OpSuite):
     op = "diffusion_step"
     few = ("3x2x5x7-clip-x0-seeds", "3x1x5x3-guidance-each-history-eps-seeds")
+    at_size = testing._diffusion_step(3, 5, 67, 71, guidance="each", clip=1.0, history=True, keep="eps", noise="seeds")
 
 
 PLACES = places("diffusion_step")

@@ -5,6 +5,7 @@ import torch
 from suite import OpSuite, Place, places
 from torch import nn
 
+from fastgen import testing
 from fastgen.ops import ACTIVATIONS, group_norm_act, group_norm_act_reference
 from fastgen.testing import EAGER, max_error, tolerance
 
@@ -14,6 +15,7 @@ eager = EAGER["group_norm_act"]
 class TestGroupNormAct(OpSuite):
     op = "group_norm_act"
     few = ("2x8x5x3-g4-silu", "2x6x5x7-g2-silu-adagn-skip2")
+    at_size = testing._group_norm_act(2, 4, 131, 151, groups=2, scale_shift=True, skip=2)
     second_derivatives = True
 
 
@@ -86,12 +88,16 @@ def test_parameters_may_keep_fp32():
     """As under autocast: activations in half precision, parameters in fp32; gradients have their tensors' dtypes."""
     g = torch.Generator().manual_seed(0)
     made = {"x": torch.randn(2, 6, 5, 7, generator=g), "skip": torch.randn(2, 2, 5, 7, generator=g)}
-    made |= {n: torch.randn(s, generator=g) for n, s in (("weight", 8), ("bias", 8), ("scale", (2, 8)), ("shift", (2, 8)))}
+    made |= {
+        n: torch.randn(s, generator=g) for n, s in (("weight", 8), ("bias", 8), ("scale", (2, 8)), ("shift", (2, 8)))
+    }
     for place in PLACES:
         for dtype in (torch.float16, torch.bfloat16):
             if place.interpreted and dtype == torch.bfloat16:
                 continue
-            here = {k: v.to(place.device, dtype if k in ("x", "skip") else None).requires_grad_() for k, v in made.items()}
+            here = {
+                k: v.to(place.device, dtype if k in ("x", "skip") else None).requires_grad_() for k, v in made.items()
+            }
             y = group_norm_act(num_groups=2, **here, backend=place.backend)
             reference = group_norm_act_reference(num_groups=2, **{k: v.detach().double() for k, v in here.items()})
             rounding = max_error(reference.to(dtype), reference)
@@ -126,7 +132,10 @@ def test_images_without_pixels():
 
 def test_only_what_needs_a_gradient_gets_one():
     for place in PLACES:
-        x, weight = torch.randn(2, 4, 3, 3, device=place.device), torch.randn(4, device=place.device, requires_grad=True)
+        x, weight = (
+            torch.randn(2, 4, 3, 3, device=place.device),
+            torch.randn(4, device=place.device, requires_grad=True),
+        )
         bias = torch.randn(4, device=place.device)
         group_norm_act(x, 2, weight, bias, backend=place.backend).sum().backward()
         assert weight.grad is not None and x.grad is None and bias.grad is None

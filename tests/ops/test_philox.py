@@ -4,22 +4,8 @@ import pytest
 import torch
 from suite import OpSuite
 
-from fastgen import ops
+from fastgen import ops, testing
 from fastgen.testing import OpCase
-
-
-class TestPhiloxNormal(OpSuite):
-    op = "philox_normal"
-    few = ("3x2x5x7", "2x1030")
-
-
-class TestPhiloxBits(OpSuite):
-    op = "philox_bits"
-    few = ("3x41", "2x1030")
-
-    @classmethod
-    def cases(cls) -> list[OpCase]:
-        return BITS
 
 
 def bits_case(images: int, n: int) -> OpCase:
@@ -29,6 +15,22 @@ def bits_case(images: int, n: int) -> OpCase:
 
 
 BITS = [bits_case(3, 41), bits_case(2, 1030), bits_case(1, 1), bits_case(0, 4)]
+
+
+class TestPhiloxNormal(OpSuite):
+    op = "philox_normal"
+    few = ("3x2x5x7", "2x1030")
+    at_size = testing._philox_normal(3, 70_001)
+
+
+class TestPhiloxBits(OpSuite):
+    op = "philox_bits"
+    few = ("3x41", "2x1030")
+    at_size = bits_case(3, 70_001)
+
+    @classmethod
+    def cases(cls) -> list[OpCase]:
+        return BITS
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import pytest
 import torch
 from suite import OpSuite, places
 
+from fastgen import testing
 from fastgen.diffusion.schedules import DiffusionConfig, forward_table
 from fastgen.ops import Stream, philox_normal_reference, q_sample
 
@@ -11,6 +12,7 @@ from fastgen.ops import Stream, philox_normal_reference, q_sample
 class TestQSample(OpSuite):
     op = "q_sample"
     few = ("3x2x5x7-noise", "5x3x9x11-seeds")
+    at_size = testing._q_sample(3, 5, 67, 71, seeded=True)
 
 
 PLACES = places("q_sample")
@@ -19,7 +21,9 @@ TABLE = forward_table(DiffusionConfig(timesteps=50))
 
 def test_noise_is_that_of_each_images_own_step():
     t, seeds = torch.tensor([0, 7, 49, 7]), torch.tensor([5, 5, -3, 2**40])
-    expected = torch.cat([philox_normal_reference(s[None], (3, 5), int(i), Stream.Q_SAMPLE) for s, i in zip(seeds, t, strict=True)])
+    expected = torch.cat(
+        [philox_normal_reference(s[None], (3, 5), int(i), Stream.Q_SAMPLE) for s, i in zip(seeds, t, strict=True)]
+    )
     for place in PLACES:
         args = [a.to(place.device) for a in (torch.zeros(4, 3, 5), t, TABLE)]
         x_t, noise = q_sample(*args, seeds=seeds.to(place.device), backend=place.backend)
@@ -31,7 +35,13 @@ def test_given_noise_comes_back_itself():
     noise = torch.randn(2, 3)
     for place in PLACES:
         given = noise.to(place.device)
-        _, back = q_sample(given, torch.zeros(2, dtype=torch.int64, device=place.device), TABLE.to(place.device), given, backend=place.backend)
+        _, back = q_sample(
+            given,
+            torch.zeros(2, dtype=torch.int64, device=place.device),
+            TABLE.to(place.device),
+            given,
+            backend=place.backend,
+        )
         assert back is given
 
 

@@ -4,12 +4,14 @@ import pytest
 import torch
 from suite import OpSuite, places
 
+from fastgen import testing
 from fastgen.ops import Stream, philox_normal_reference, reparameterize
 
 
 class TestReparameterize(OpSuite):
     op = "reparameterize"
     few = ("3x5-noise", "2x4x5x7-seeds")
+    at_size = testing._reparameterize(3, 5, 67, 71, seeded=True)
     second_derivatives = True
 
 
@@ -22,7 +24,9 @@ def test_kl_is_that_of_torch_distributions():
     normal, unit = torch.distributions.Normal(mu, (logvar / 2).exp()), torch.distributions.Normal(0.0, 1.0)
     expected = torch.distributions.kl_divergence(normal, unit).sum(1)
     for place in PLACES:
-        _, kl = reparameterize(mu.to(place.device), logvar.to(place.device), torch.zeros_like(mu).to(place.device), backend=place.backend)
+        _, kl = reparameterize(
+            mu.to(place.device), logvar.to(place.device), torch.zeros_like(mu).to(place.device), backend=place.backend
+        )
         torch.testing.assert_close(kl.cpu(), expected, rtol=1e-12, atol=1e-12)
 
 
@@ -30,7 +34,9 @@ def test_seeds_draw_the_stream_of_reparameterize():
     mu, seeds = torch.zeros(3, 2, 5), torch.tensor([0, -1, 2**62])
     expected = philox_normal_reference(seeds, (2, 5), 0, Stream.REPARAMETERIZE)
     for place in PLACES:
-        z, _ = reparameterize(mu.to(place.device), mu.to(place.device), seeds=seeds.to(place.device), backend=place.backend)
+        z, _ = reparameterize(
+            mu.to(place.device), mu.to(place.device), seeds=seeds.to(place.device), backend=place.backend
+        )
         assert torch.equal(z.cpu(), expected)
 
 

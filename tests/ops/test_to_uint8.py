@@ -4,12 +4,14 @@ import pytest
 import torch
 from suite import OpSuite, places
 
+from fastgen import testing
 from fastgen.ops import to_uint8
 
 
 class TestToUint8(OpSuite):
     op = "to_uint8"
     few = ("2x3x5x7", "2x4x33x31")
+    at_size = testing._to_uint8(3, 5, 131, 127)
 
 
 PLACES = places("to_uint8")
@@ -43,5 +45,5 @@ def test_channels_move_last():
 
 @pytest.mark.parametrize("x", [torch.zeros(3, 4, 4), torch.zeros(1, 3, 4, 4, dtype=torch.uint8)])
 def test_wrong_arguments(x):
-    with pytest.raises(ValueError, match="^x must"):
+    with pytest.raises(ValueError, match=r"^x must"):
         to_uint8(x)
