@@ -65,7 +65,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
-        work.chmod(0o777 & ~_umask())
+        work.chmod(0o777 & ~umask())
         yield work
         for file in [*work.iterdir(), work]:
             _fsync(file)
@@ -86,7 +86,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         raise
 
 
-def _umask() -> int:
+def umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
@@ -103,14 +103,10 @@ def _fsync(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256_310(f)
-
-
-def _sha256_310(f) -> str:
     digest = hashlib.sha256()
-    for block in iter(lambda: f.read(1 << 20), b""):
-        digest.update(block)
+    with open(path, "rb") as f:
+        for block in iter(lambda: f.read(1 << 20), b""):
+            digest.update(block)
     return digest.hexdigest()
 
 
@@ -142,7 +138,7 @@ def write_checkpoint(
     files = {"model.safetensors": weights if weights is not None else model.state_dict(), **(extra_files or {})}
     for name, tensors in files.items():
         save_file({k: v.detach().contiguous() for k, v in tensors.items()}, directory / name)
-        (directory / name).chmod(0o666 & ~_umask())
+        (directory / name).chmod(0o666 & ~umask())
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     manifest = {name: sha256(directory / name) for name in sorted([*files, "config.json"])}
     (directory / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")

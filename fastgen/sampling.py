@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from fastgen import ops
 from fastgen.backends import check_backend, check_device, use_backend
-from fastgen.checkpoint import load
+from fastgen.checkpoint import load, umask
 from fastgen.diffusion.samplers import Sampler, get_sampler
 from fastgen.errors import UsageError
 from fastgen.ops.philox import Stream
@@ -76,18 +76,12 @@ class Samples:
         try:
             with os.fdopen(descriptor, "wb") as f:
                 picture.save(f, format=Image.registered_extensions()[path.suffix.lower()])
-            os.chmod(work, 0o666 & ~_umask())
+            os.chmod(work, 0o666 & ~umask())
             os.replace(work, path)
         except BaseException:
             Path(work).unlink(missing_ok=True)
             raise
         return path
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def check_output(path: str | Path) -> Path:

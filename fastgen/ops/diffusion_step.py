@@ -165,9 +165,10 @@ def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _backward(ctx: Any, dy: Tensor | None, dkept: Tensor | None) -> tuple:
     """The step is linear but for the clamp, whose mask is made again. Plain PyTorch: sampling rarely differentiates."""
     x_t, model_out, coefficients, step, guidance = ctx.saved_tensors
-    dtype, nothing = wide(x_t.dtype), (None,) * 11
+    # The gradient of guidance is a sum over whole images, whose terms fp32 would round.
+    dtype = torch.float64 if guidance is not None and ctx.needs_input_grad[4] else wide(x_t.dtype)
     if dy is None and (dkept is None or not ctx.keep):
-        return nothing
+        return (None,) * 11
     p0, p1, p2, p3, q0, q1, q2, q3, q4 = _row(coefficients, step, dtype)
     x, m = x_t.to(dtype), model_out.to(dtype)
     if guidance is not None:
@@ -184,7 +185,7 @@ def _backward(ctx: Any, dy: Tensor | None, dkept: Tensor | None) -> tuple:
     dguidance = None
     if guidance is not None:
         if ctx.needs_input_grad[4]:
-            per_image = (dm * (cond - uncond)).flatten(1).sum(1, dtype=torch.float64)
+            per_image = (dm * (cond - uncond)).flatten(1).sum(1)
             dguidance = (
                 (per_image if guidance.numel() == x.shape[0] else per_image.sum())
                 .reshape(guidance.shape)
