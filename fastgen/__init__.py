@@ -22,21 +22,27 @@ if importlib.util.find_spec("fastgen.kernels") is None:
     )
 
 if TYPE_CHECKING:
-    from fastgen import ops
+    from fastgen import metrics, ops
     from fastgen.backends import use_backend
     from fastgen.checkpoint import load, save
     from fastgen.diagnosis import doctor
     from fastgen.errors import UsageError
-    from fastgen.sampling import Samples, sample
+    from fastgen.folder import sample_to_folder
+    from fastgen.images import Samples
+    from fastgen.replaying import replay
+    from fastgen.sampling import sample, stream
 
 _WHERE = {
     "BackendError": "backends",
-    "Samples": "sampling",
+    "Samples": "images",
     "UsageError": "errors",
     "doctor": "diagnosis",
     "load": "checkpoint",
+    "replay": "replaying",
     "sample": "sampling",
+    "sample_to_folder": "folder",
     "save": "checkpoint",
+    "stream": "sampling",
     "use_backend": "backends",
 }
 
@@ -47,16 +53,20 @@ __all__ = [
     "__version__",
     "doctor",
     "load",
+    "metrics",
     "ops",
+    "replay",
     "sample",
+    "sample_to_folder",
     "save",
+    "stream",
     "use_backend",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "ops":
-        return importlib.import_module("fastgen.ops")
+    if name in ("metrics", "ops"):
+        return importlib.import_module(f"fastgen.{name}")
     if name in _WHERE:
         return getattr(importlib.import_module(f"fastgen.{_WHERE[name]}"), name)
     raise AttributeError(f"module 'fastgen' has no attribute {name!r}")

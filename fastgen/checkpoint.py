@@ -110,6 +110,15 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def fingerprint(model: nn.Module) -> str:
+    """The SHA-256 of a model's weights, whatever file they came from: names, dtypes, shapes and values, by name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def write_checkpoint(
     directory: Path,
     model: nn.Module,
@@ -131,8 +140,7 @@ def write_checkpoint(
         "family": family,
         "preset": preset,
         "config": asdict(model.config),
-        "diffusion": asdict(model.diffusion),
-        "sampling": asdict(model.sampling),
+        **{part: asdict(getattr(model, part)) for part in ("diffusion", "sampling") if FAMILIES[family].samples},
         **(extra_config or {}),
     }
     files = {"model.safetensors": weights if weights is not None else model.state_dict(), **(extra_files or {})}
@@ -165,6 +173,7 @@ def load(
         model = _load_diffusers(directory, config)
     else:
         model = _load_fastgen(directory, config)
+    model.source = directory.name if directory.parent == WEIGHTS else str(directory)
     return model.to(device=device, dtype=dtype, memory_format=torch.channels_last).eval()
 
 
@@ -241,21 +250,22 @@ def _load_fastgen(directory: Path, config: dict[str, Any]) -> nn.Module:
             f"model: {directory} has format {config.get('format')!r}; this fastgen reads up to {FORMAT}: upgrade it"
         )
     verify(directory)
-    model = family.network(
-        _dataclass(family.config, config["config"], directory),
-        _dataclass(DiffusionConfig, config.get("diffusion", {}), directory),
-        _dataclass(SamplingDefaults, config.get("sampling", {}), directory),
-    )
+    file = directory / "config.json"
+    parts = [_dataclass(family.config, config["config"], file)]
+    if family.samples:
+        parts.append(_dataclass(DiffusionConfig, config.get("diffusion", {}), file))
+        parts.append(_dataclass(SamplingDefaults, config.get("sampling", {}), file))
+    model = family.network(*parts)
     weights = {k: v.float() for k, v in read_tensors(directory / "model.safetensors").items()}
     _load_weights(model, weights, directory)
     return model
 
 
-def _dataclass(cls: type, values: dict[str, Any], directory: Path) -> Any:
+def _dataclass(cls: type, values: dict[str, Any], file: Path) -> Any:
     try:
         return cls(**values)
     except (TypeError, ValueError) as error:
-        raise UsageError(f"model: {directory / 'config.json'}: {error}") from None
+        raise UsageError(f"model: {file}: {error}") from None
 
 
 def _load_weights(model: nn.Module, weights: dict[str, Tensor], directory: Path) -> None:
@@ -295,8 +305,8 @@ def _load_diffusers(directory: Path, config: dict[str, Any]) -> nn.Module:
     except KeyError as error:
         raise UsageError(f"model: {directory / 'config.json'} has no {error} in it") from None
     model = family.network(
-        _dataclass(family.config, network, directory),
-        _diffusion_from_diffusers(read_json(scheduler)) if scheduler else DiffusionConfig(),
+        _dataclass(family.config, network, directory / "config.json"),
+        _diffusion_from_diffusers(scheduler) if scheduler else DiffusionConfig(),
     )
     _load_weights(model, weights, directory)
     return model
@@ -337,7 +347,8 @@ def _unet_from_diffusers(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _diffusion_from_diffusers(config: dict[str, Any]) -> DiffusionConfig:
+def _diffusion_from_diffusers(file: Path) -> DiffusionConfig:
+    config = read_json(file)
     names = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
     predictions = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
     schedule, prediction = config.get("beta_schedule", "linear"), config.get("prediction_type", "epsilon")
@@ -345,11 +356,13 @@ def _diffusion_from_diffusers(config: dict[str, Any]) -> DiffusionConfig:
         raise UsageError(
             f"model: scheduler with beta_schedule={schedule!r}, prediction_type={prediction!r} is not known here"
         )
-    return DiffusionConfig(
-        schedule=names[schedule],
-        timesteps=config.get("num_train_timesteps", 1000),
-        beta_start=config.get("beta_start", 1e-4),
-        beta_end=config.get("beta_end", 0.02),
-        prediction=predictions[prediction],
-        clip=config.get("clip_sample_range", 1.0) if config.get("clip_sample", True) else None,
-    )
+    values = {
+        "schedule": names[schedule],
+        "timesteps": config.get("num_train_timesteps", 1000),
+        "beta_start": config.get("beta_start", 1e-4),
+        "beta_end": config.get("beta_end", 0.02),
+        "prediction": predictions[prediction],
+        "clip": config.get("clip_sample_range", 1.0) if config.get("clip_sample", True) else None,
+        "zero_terminal_snr": config.get("rescale_betas_zero_snr", False),
+    }
+    return _dataclass(DiffusionConfig, values, file)

@@ -108,10 +108,15 @@ def _parse_labels(text: str | None, n: int) -> list[int] | None:
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="What to train: ddpm, a class-conditional diffusion model.")],
+    recipe: Annotated[
+        str, typer.Argument(help="What to train: ddpm, a class-conditional diffusion model, or classifier.")
+    ],
     out: Annotated[Path, typer.Option(help="The folder of the run: checkpoints and log.csv.")],
     data: Annotated[str, typer.Option(help="The data set: mnist-5k (needs the extra 'data').")] = "mnist-5k",
-    preset: Annotated[str, typer.Option(help="The network: tiny or mnist.")] = "mnist",
+    preset: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="The network. ddpm: mnist (default) or tiny. classifier: digits (default) or digits-tiny."),
+    ] = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps in all.")] = 10_000,
     batch_size: Annotated[int, typer.Option(help="Images a step.")] = 128,
     lr: Annotated[float, typer.Option(help="Learning rate of AdamW, after the warm-up.")] = 1e-3,
@@ -128,20 +133,24 @@ def train(
 
     from fastgen.backends import check_device
     from fastgen.errors import UsageError
+    from fastgen.training.classifier import ClassifierRecipe
     from fastgen.training.ddpm import DDPMRecipe
     from fastgen.training.loop import TrainConfig, start_or_resume
 
-    if recipe != "ddpm":
-        raise UsageError(f"recipe: must be ddpm, not {recipe!r}")
+    recipes = {"ddpm": (DDPMRecipe, "mnist"), "classifier": (ClassifierRecipe, "digits")}
+    if recipe not in recipes:
+        raise UsageError(f"recipe: must be {' or '.join(recipes)}, not {recipe!r}")
+    kind, standard = recipes[recipe]
     config = TrainConfig(
-        data=data, preset=preset, steps=steps, batch_size=batch_size, lr=lr, cooldown=cooldown,
+        data=data, preset=preset or standard, steps=steps, batch_size=batch_size, lr=lr, cooldown=cooldown,
         precision=precision, seed=seed, save_every=save_every,
     )  # fmt: skip
     check_device(device)
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    trainer = start_or_resume(DDPMRecipe(config, place), config, out, resume)
+    trainer = start_or_resume(kind(config, place), config, out, resume)
     last = trainer.run(progress=False if quiet else None)
-    typer.echo(f"trained to step {trainer.step}; draw from it with: fastgen sample {last} -n 16")
+    hint = f"; draw from it with: fastgen sample {last} -n 16" if recipe == "ddpm" else f": {last}"
+    typer.echo(f"trained to step {trainer.step}{hint}")
 
 
 @app.command()

@@ -1,113 +1,61 @@
-"""`fastgen.sample`: images from a model, the same ones at any batch size.
+"""`fastgen.sample` and `fastgen.stream`: images from a model, the same ones at any batch size.
 
-Image i has the seed ``seed + i``, and everything random about it (where it starts, the noise of
-each step, a label not given) is drawn from that seed alone.
+Everything random about an image (where it starts, the noise of each step, a label not given) is
+drawn from its own seed alone.
 """
 
 from __future__ import annotations
 
 import copy
-import os
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastgen import ops
+from fastgen.arguments import (
+    StartImage,
+    check_batch_size,
+    check_guidance,
+    check_module,
+    check_strength,
+    labels_of,
+    seeds_of,
+    start_images,
+)
 from fastgen.backends import check_backend, check_device, use_backend
-from fastgen.checkpoint import load, umask
-from fastgen.diffusion.samplers import Sampler, get_sampler
+from fastgen.checkpoint import fingerprint, load
+from fastgen.diffusion.samplers import Sampler, SamplingPlan, describe_sampler, get_sampler
 from fastgen.errors import UsageError
+from fastgen.images import Samples, concatenate
 from fastgen.ops.philox import Stream
+from fastgen.recipe import Recipe, encode_picture, environment
 
 BATCH_SIZE = 64
-CAPTION_HEIGHT = 16
-CELL = 84  # a grid shows small images enlarged, by whole factors, up to about this many pixels
 
-
-@dataclass(frozen=True)
-class Samples:
-    """Images and what made them. images: uint8 [N, C, H, W]; seeds: int64 [N]; labels: int64 [N] or None."""
-
-    images: Tensor
-    seeds: Tensor
-    labels: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def to_pil(self) -> list[Image.Image]:
-        """One PIL image each: greyscale for one channel, RGB for three. Raises ValueError for other counts."""
-        channels = self.images.shape[1]
-        if channels not in (1, 3):
-            raise ValueError(f"images must have 1 or 3 channels to become pictures, not {channels}")
-        pixels = self.images.permute(0, 2, 3, 1).cpu().numpy()
-        return [Image.fromarray(p[:, :, 0] if channels == 1 else p) for p in pixels]
-
-    def grid(self) -> Image.Image:
-        """All images on one sheet, row by row, each with its label beneath."""
-        pictures = self.to_pil()
-        columns = min(len(pictures), 10 if len(pictures) % 10 == 0 else max(1, round(len(pictures) ** 0.5 + 0.49)))
-        zoom = max(1, CELL // max(pictures[0].size))
-        width, height = (side * zoom for side in pictures[0].size)
-        caption = 0 if self.labels is None else CAPTION_HEIGHT
-        rows = -(-len(pictures) // columns)
-        sheet = Image.new("RGB", (columns * (width + 2) + 2, rows * (height + caption + 2) + 2), "white")
-        draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(CAPTION_HEIGHT - 4)
-        for i, picture in enumerate(pictures):
-            x, y = 2 + i % columns * (width + 2), 2 + i // columns * (height + caption + 2)
-            sheet.paste(picture.resize((width, height), Image.Resampling.NEAREST), (x, y))
-            if self.labels is not None:
-                draw.text((x + width // 2, y + height + 1), str(self.labels[i].item()), "black", font, anchor="ma")
-        return sheet
-
-    def save(self, path: str | Path) -> Path:
-        """Writes one picture: the image itself for one, a labelled grid for more. Whole or not at all."""
-        path = check_output(path)
-        picture = self.to_pil()[0] if len(self) == 1 else self.grid()
-        descriptor, work = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-        try:
-            with os.fdopen(descriptor, "wb") as f:
-                picture.save(f, format=Image.registered_extensions()[path.suffix.lower()])
-            os.chmod(work, 0o666 & ~umask())
-            os.replace(work, path)
-        except BaseException:
-            Path(work).unlink(missing_ok=True)
-            raise
-        return path
-
-
-def check_output(path: str | Path) -> Path:
-    """The path of a picture to be written; UsageError where its folder or its format does not exist."""
-    path = Path(path)
-    if path.is_dir():
-        raise UsageError(f"output: {path} is a folder; give a file name, such as {path / 'samples.png'}")
-    if not path.parent.is_dir():
-        raise UsageError(f"output: the folder {path.parent} does not exist; create it first")
-    if not os.access(path.parent, os.W_OK):
-        raise UsageError(f"output: the folder {path.parent} is not writable")
-    extensions = Image.registered_extensions()
-    if path.suffix.lower() not in extensions or extensions[path.suffix.lower()] not in Image.SAVE:
-        raise UsageError(f"output: cannot write {path.suffix or 'a file without an ending'!r}; use .png, .jpg or .webp")
-    return path
+Callback = Callable[[int, Tensor, Tensor], Any]
 
 
 def sample(
     model: str | Path | nn.Module,
-    n: int = 1,
+    n: int | None = None,
     *,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     labels: int | Sequence[int] | Tensor | None = None,
     steps: int | None = None,
     sampler: str | Sampler | None = None,
     guidance: float | None = None,
+    guidance_interval: tuple[float, float] | None = None,
+    guidance_rescale: float | None = None,
+    image: StartImage | None = None,
+    strength: float | None = None,
+    callback: Callback | None = None,
     batch_size: int | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
@@ -116,88 +64,197 @@ def sample(
 ) -> Samples:
     """n images from a model: `Samples` with uint8 images [n, C, H, W], seeds [n] and labels [n] or None.
 
-    model: a shipped name, a checkpoint folder, or a module from `load`. Image i has the seed
-    ``seed + i`` and is the same at any batch size. labels: one class, or one for each image, in
-    0 … num_classes-1; None draws each from its image's seed. steps, sampler ("ddim", "ddpm" or an
-    object from `diffusion.samplers`) and guidance (1 is none) default to what the model was
-    shipped with. device: "cuda" where there is one, else "cpu", for a model given by name; a
-    module stays where it is. dtype: of the network; the image itself is kept in fp32. backend: of
-    every op, see `use_backend`. progress: a bar; None shows one on a terminal only.
+    model: a shipped name, a checkpoint folder, or a module from `load`. n: 1, or as many as seeds.
+    seed: a number, image i then has the seed ``seed + i``, or one for each image; an image is the same at any
+    batch size and in any order. labels: one class, or one for each image, in 0 … num_classes-1; None draws
+    each from its image's seed. steps, sampler (a name in `diffusion.samplers.SAMPLERS` or an
+    object from there) and guidance (1 is none) default to what the model was shipped with.
+
+    guidance_interval: where guidance applies, as shares of the training steps: 0 is the clean image, 1 pure
+    noise (Kynkäänniemi et al. 2024); outside it half the work is saved. guidance_rescale: phi in 0 … 1, how far
+    the guided output is brought back to the deviation of the unguided (Lin et al. 2024, eq. 14 to 16).
+    image: a picture, a file of one, or uint8 [C, H, W] or [n, C, H, W], to start from instead of noise;
+    strength: in 0 … 1, the share of the steps that is then taken (0 gives the image back; 0.8 if not given).
+    callback: called as callback(row, x_t, x0_hat) after each call of the network, with the state it saw and
+    the image it predicted, fp32 [B, C, H, W] in [-1, 1], for each batch of B images in turn; it must not change them.
+
+    device: "cuda" where there is one, else "cpu", for a model given by name; a module stays where it is.
+    dtype: of the network; the image itself is kept in fp32. backend: of every op, see `use_backend`.
+    progress: a bar; None shows one on a terminal only.
 
     Raises UsageError, a ValueError, that names the argument and the way out.
     """
-    _check_counts(n, seed, batch_size)
-    check_device(device)
+    arguments = locals()
+    return concatenate(list(stream(**arguments)))
+
+
+def stream(model: str | Path | nn.Module, n: int | None = None, **arguments: Any) -> Iterator[Samples]:
+    """The images of `sample`, batch by batch as they are made, so that memory does not grow with n.
+
+    Takes the arguments of `sample`, checks them at once, and yields `Samples` of up to batch_size images.
+    """
+    job = prepare(model, n, **arguments)
+    size = job.batch_size
+    return run(job, [range(i, min(i + size, len(job.seeds))) for i in range(0, len(job.seeds), size)])
+
+
+@dataclass(frozen=True)
+class Job:
+    """The checked arguments of `sample`: what to draw and how. seeds: int64 [n]; labels: int64 [n] or None;
+    start: uint8 [1 or n, C, H, W] or None."""
+
+    network: nn.Module
+    plan: SamplingPlan
+    seeds: Tensor
+    labels: Tensor | None
+    guidance: float
+    interval: tuple[float, float]
+    rescale: float
+    start: Tensor | None
+    callback: Callback | None
+    batch_size: int
+    backend: str | None
+    progress: bool | None
+    recipe: Recipe  # without seeds, labels and start images: see recipe_of
+
+    def recipe_of(self, places: Sequence[int]) -> Recipe:
+        """The recipe of the images at these places, computed together."""
+        labels, start = self.labels, self.start
+        if start is not None and len(start) > 1:
+            start = start[list(places)]
+        return replace(
+            self.recipe,
+            seeds=[self.seeds[i].item() for i in places],
+            labels=None if labels is None else [labels[i].item() for i in places],
+            images=[] if start is None else [encode_picture(p) for p in Samples(start, self.seeds).to_pil()],
+            batch=len(places),
+        )
+
+
+def prepare(
+    model: str | Path | nn.Module, n: int | None = None, *, seed: int | Sequence[int] = 0, labels: Any = None,
+    steps: int | None = None, sampler: str | Sampler | None = None, guidance: float | None = None,
+    guidance_interval: tuple[float, float] | None = None, guidance_rescale: float | None = None,
+    image: StartImage | None = None, strength: float | None = None, callback: Callback | None = None,
+    batch_size: int | None = None, device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    backend: str | None = None, progress: bool | None = None,
+) -> Job:  # fmt: skip
+    """Checks the arguments of `sample` and loads the model. Raises UsageError."""
+    seeds = seeds_of(seed, n)
+    check_batch_size(batch_size)
     check_backend(backend)
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise UsageError(f"dtype: must be a floating torch.dtype such as torch.bfloat16, not {dtype!r}")
-    if isinstance(model, nn.Module):
-        _check_module(model)
-        network = _placed(model, device, dtype)
-    else:
-        network = load(model, device=device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype=dtype)
-    defaults = network.sampling
-    plan = get_sampler(defaults.sampler if sampler is None else sampler).plan(
-        network.diffusion, min(defaults.steps, network.diffusion.timesteps) if steps is None else steps
-    )
-    guidance = _check_guidance(network, defaults.guidance if guidance is None else guidance, asked=guidance is not None)
-    seeds = torch.arange(n, dtype=torch.int64) + seed
-    chosen = _labels(network, labels, seeds)
+    strength = check_strength(strength, image)
+    network = _network(model, device, dtype)
+    defaults, T = network.sampling, network.diffusion.timesteps
+    chosen = get_sampler(defaults.sampler if sampler is None else sampler)
+    steps = min(defaults.steps, T) if steps is None else steps
+    plan = chosen.plan(network.diffusion, steps)
+    scale, interval, rescale = check_guidance(network, guidance, guidance_interval, guidance_rescale)
+    start = start_images(network, image, len(seeds))
+    if start is not None:
+        if plan.abar is None:
+            raise UsageError("image: this sampler's plan has no abar, which a start image needs; leave the image out")
+        plan = plan.tail(round(strength * steps))
+    described = describe_sampler(chosen)
+    parameter = next(network.parameters())
     size = batch_size or BATCH_SIZE
-    batches = [slice(i, min(i + size, n)) for i in range(0, n, size)]
-    pieces = []
-    with (
-        torch.inference_mode(),
-        use_backend(backend) if backend else nullcontext(),
-        _evaluating(network),
-        _bar(len(batches) * len(plan.timesteps), progress) as bar,
-    ):
-        place = next(network.parameters()).device
+    recipe = Recipe(
+        model=getattr(network, "source", ""), sha256=fingerprint(network), seeds=[], labels=None,
+        sampler=described and described["sampler"], options=described["options"] if described else {}, steps=steps,
+        guidance=scale, guidance_interval=interval, guidance_rescale=rescale, strength=strength, images=[],
+        dtype=str(parameter.dtype).removeprefix("torch."), backend=backend, batch=size,
+    )  # fmt: skip
+    return Job(
+        network, plan, seeds, labels_of(network, labels, seeds), scale, interval, rescale, start, callback, size,
+        backend, progress, recipe,
+    )  # fmt: skip
+
+
+def run(job: Job, batches: Sequence[Sequence[int]]) -> Iterator[Samples]:
+    """Draws the images whose places in the job each batch lists, one batch after the other."""
+    place = next(job.network.parameters()).device
+    total = sum(map(len, batches))
+    with _bar(len(batches) * len(job.plan.timesteps), job.progress) as bar:
+        done = 0
         for batch in batches:
-            wanted = None if chosen is None else chosen[batch].to(place)
-            x = _denoise(network, plan, seeds[batch].to(place), wanted, guidance, bar)
-            pieces.append(ops.to_uint8(x).permute(0, 3, 1, 2).contiguous().cpu())
-    return Samples(torch.cat(pieces), seeds, chosen)
+            bar.set_postfix_str(f"{done}/{total} images", refresh=False)
+            with torch.inference_mode(), _backend(job.backend), _evaluating(job.network), _memory(len(batch)):
+                x = _denoise(job, torch.tensor(batch), place, bar)
+                images = ops.to_uint8(x).permute(0, 3, 1, 2).contiguous().cpu()
+                recipe = replace(job.recipe_of(batch), environment=environment(place))
+            done += len(batch)
+            labels = None if recipe.labels is None else torch.tensor(recipe.labels)
+            yield Samples(images.clone(), torch.tensor(recipe.seeds), labels, recipe)
 
 
-def _denoise(network: nn.Module, plan, seeds: Tensor, labels: Tensor | None, guidance: float, bar: tqdm) -> Tensor:
-    """x_0 [N, C, H, W] fp32, from each image's own noise, by the plan's steps."""
-    config, device = network.config, seeds.device
-    dtype = next(network.parameters()).dtype
-    x = ops.philox_normal(seeds, (config.in_channels, config.image_size, config.image_size), stream=Stream.INITIAL)
-    x = x.contiguous(memory_format=torch.channels_last)
-    coefficients = plan.coefficients.to(device)
+def _backend(backend: str | None) -> Any:
+    return use_backend(backend) if backend else nullcontext()
+
+
+def _denoise(job: Job, index: Tensor, device: torch.device, bar: tqdm) -> Tensor:
+    """x_0 [B, C, H, W] fp32 of the images at ``index``, each from its own noise, by the plan's rows."""
+    network, plan, seeds = job.network, job.plan, job.seeds[index].to(device)
+    labels = None if job.labels is None else job.labels[index].to(device)
+    x, coefficients = _start(job, index, seeds), plan.coefficients.to(device)
     rows, timesteps = torch.arange(len(coefficients), device=device), plan.timesteps.to(device)
-    scale = None
-    if guidance != 1:
-        scale = torch.tensor(guidance, device=device)
-        labels = torch.cat([torch.full_like(labels, config.num_classes), labels])
-    for row, t in zip(rows.unbind(), timesteps.unbind(), strict=True):  # tensors: nothing waits for the device
-        inputs = (x if scale is None else torch.cat([x, x])).to(dtype)
-        x, _ = ops.diffusion_step(
-            x, network(inputs, t, labels), coefficients, row,
-            guidance=scale, clip=network.diffusion.clip, seeds=seeds if plan.noisy else None,
+    keep = "x0" if plan.history or job.callback else None
+    kept = None
+    # tensors, so that nothing waits for the device
+    for i, (row, t) in enumerate(zip(rows.unbind(), timesteps.unbind(), strict=True)):
+        model_out, scale = _predict(job, x, t, _guided(job, i), labels)
+        x_next, kept = ops.diffusion_step(
+            x, model_out, coefficients, row, guidance=scale, clip=network.diffusion.clip,
+            history=kept if plan.history else None, keep=keep, seeds=seeds if plan.noisy else None,
         )  # fmt: skip
+        if job.callback:
+            job.callback(i, x, kept)
+        x = x_next
         bar.update()
     return x
 
 
-def _check_counts(n: int, seed: int, batch_size: int | None) -> None:
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise UsageError(f"n: must be a whole number of at least 1, not {n!r}")
-    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed <= 2**63 - n:
-        raise UsageError(f"seed: must be a whole number that fits in 64 bits with n added, not {seed!r}")
-    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
-        raise UsageError(f"batch_size: must be a whole number of at least 1, not {batch_size!r}")
+def _start(job: Job, index: Tensor, seeds: Tensor) -> Tensor:
+    """Where the images begin, fp32 [B, C, H, W]: noise, or the noised start image (the image itself for no rows)."""
+    config = job.network.config
+    x = ops.philox_normal(seeds, (config.in_channels, config.image_size, config.image_size), stream=Stream.INITIAL)
+    if job.start is not None:
+        picked = job.start if len(job.start) == 1 else job.start[index]
+        image = picked.to(x.device).float() / 127.5 - 1
+        abar = job.plan.abar[0].item() if len(job.plan.timesteps) else 1.0
+        x = abar**0.5 * image + (1 - abar) ** 0.5 * x
+    return x.contiguous(memory_format=torch.channels_last)
 
 
-def _check_module(model: nn.Module) -> None:
-    missing = [name for name in ("config", "diffusion", "sampling") if not hasattr(model, name)]
-    if missing:
-        raise UsageError(
-            f"model: a module must come from fastgen.load or fastgen.models; "
-            f"this {type(model).__name__} has no {', '.join(missing)}"
-        )
+def _guided(job: Job, row: int) -> bool:
+    """Whether guidance applies at a row: its timestep lies in the interval, a share of T - 1."""
+    share = job.plan.timesteps[row].item() / max(1, job.network.diffusion.timesteps - 1)
+    return job.guidance != 1 and job.interval[0] <= share <= job.interval[1]
+
+
+def _predict(job: Job, x: Tensor, t: Tensor, guided: bool, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The network's output and the guidance that `diffusion_step` still has to apply to it, or None."""
+    network = job.network
+    dtype = next(network.parameters()).dtype
+    if not guided:
+        return network(x.to(dtype), t, labels), None
+    null = torch.full_like(labels, network.config.num_classes)
+    both = network(torch.cat([x, x]).to(dtype), t, torch.cat([null, labels]))
+    if not job.rescale:
+        return both, torch.tensor(job.guidance, device=x.device)
+    uncond, cond = both.float().chunk(2)
+    guided_out = uncond + job.guidance * (cond - uncond)
+    deviation = cond.std(dim=(1, 2, 3), keepdim=True) / guided_out.std(dim=(1, 2, 3), keepdim=True)
+    return guided_out * (job.rescale * deviation + (1 - job.rescale)), None
+
+
+def _network(model: str | Path | nn.Module, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Module:
+    check_device(device)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise UsageError(f"dtype: must be a floating torch.dtype such as torch.bfloat16, not {dtype!r}")
+    if not isinstance(model, nn.Module):
+        model = load(model, device=device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype=dtype)
+    check_module(model)
+    return _placed(model, device, dtype)
 
 
 def _placed(model: nn.Module, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Module:
@@ -209,43 +266,6 @@ def _placed(model: nn.Module, device: torch.device | str | None, dtype: torch.dt
     return copy.deepcopy(model).to(device=device, dtype=dtype)
 
 
-def _check_guidance(network: nn.Module, guidance: float, *, asked: bool) -> float:
-    if network.config.num_classes is None:
-        if asked and guidance != 1:
-            raise UsageError("guidance: this model is unconditional, so there is nothing to guide to; leave it out")
-        return 1.0
-    if not isinstance(guidance, int | float) or not 0 <= guidance < float("inf"):
-        raise UsageError(f"guidance: must be a number of at least 0 (1 is none), not {guidance!r}")
-    return float(guidance)
-
-
-def _labels(network: nn.Module, labels: int | Sequence[int] | Tensor | None, seeds: Tensor) -> Tensor | None:
-    """The class of each image, int64 [n]; drawn from the image's own seed where none is given."""
-    classes = network.config.num_classes
-    if classes is None:
-        if labels is not None:
-            raise UsageError("labels: this model is unconditional; leave them out")
-        return None
-    if labels is None:
-        return (ops.philox_bits(seeds, 1, stream=Stream.LABEL)[:, 0] * classes) >> 32
-    try:
-        chosen = torch.as_tensor(labels)
-    except (TypeError, ValueError, RuntimeError):
-        chosen = torch.empty(0, 0)
-    if chosen.ndim > 1 or chosen.is_floating_point() or chosen.dtype == torch.bool:
-        raise UsageError(f"labels: must be a class or a sequence of classes, not {labels!r}")
-    chosen = chosen.long().cpu()
-    chosen = chosen.expand(len(seeds)).clone() if chosen.ndim == 0 else chosen
-    if len(chosen) != len(seeds):
-        raise UsageError(
-            f"labels: give one class, or one for each of the {len(seeds)} images; {len(chosen)} were given"
-        )
-    wrong = chosen[(chosen < 0) | (chosen >= classes)]
-    if len(wrong):
-        raise UsageError(f"labels: classes are 0 to {classes - 1}; {wrong[0].item()} is not one")
-    return chosen
-
-
 @contextmanager
 def _evaluating(network: nn.Module) -> Iterator[None]:
     was = {module: module.training for module in network.modules()}
@@ -255,6 +275,19 @@ def _evaluating(network: nn.Module) -> Iterator[None]:
     finally:
         for module, training in was.items():
             module.training = training
+
+
+@contextmanager
+def _memory(images: int) -> Iterator[None]:
+    """Turns the many ways in which memory runs out into one message."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        known = ("out of memory", "can't allocate memory", "not enough memory")
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not any(w in str(error) for w in known):
+            raise
+        advice = f"batch_size: give a smaller one, such as {images // 2}" if images > 1 else "model: it needs more memory"
+        raise UsageError(f"{advice}; memory ran out with {images} at once") from None
 
 
 def _bar(total: int, progress: bool | None) -> tqdm:

@@ -1,19 +1,28 @@
-"""Schedules and samplers against closed forms and against diffusers, step by step from the same state."""
+"""Schedules, predictions and the timesteps to visit, against closed forms and against diffusers."""
 
 from __future__ import annotations
 
+import inspect
 import math
+import sys
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from fastgen import ops
-from fastgen.diffusion.samplers import DDIM, DDPM, SAMPLERS, SamplingPlan, get_sampler, predictions, timestep_sequence
+from fastgen.diffusion.samplers import predictions
 from fastgen.diffusion.schedules import DiffusionConfig, alphas_cumprod, betas, forward_table, training_target
+from fastgen.diffusion.spacing import (
+    interpolate,
+    karras_sigmas,
+    sigma_sequence,
+    sigma_table,
+    solver_sequence,
+    timestep_sequence,
+)
 from fastgen.errors import UsageError
 
 diffusers = pytest.importorskip("diffusers")
@@ -24,11 +33,38 @@ PREDICTION_NAMES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 
 def scheduler(kind: Any, config: DiffusionConfig, **kwargs: Any) -> Any:
     """diffusers' scheduler of the same process."""
+    known = inspect.signature(kind).parameters
+    if "clip_sample" in known:
+        kwargs |= {"clip_sample": config.clip is not None, "clip_sample_range": config.clip or 1.0}
+    elif config.clip is not None:  # DPM-Solver's threshold, held between 1 and sample_max_value, is 1
+        assert config.clip == 1 and "thresholding" in known
+        kwargs |= {"thresholding": True, "sample_max_value": 1.0}
+    if config.zero_terminal_snr:
+        kwargs["rescale_betas_zero_snr"] = True
     return kind(
         num_train_timesteps=config.timesteps, beta_schedule=SCHEDULE_NAMES[config.schedule],
         beta_start=config.beta_start, beta_end=config.beta_end, prediction_type=PREDICTION_NAMES[config.prediction],
-        clip_sample=config.clip is not None, clip_sample_range=config.clip or 1.0, **kwargs,
+        **kwargs,
     )  # fmt: skip
+
+
+class Widened:
+    """A module whose float32 is float64."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, "float64" if name == "float32" else name)
+
+
+@pytest.fixture
+def diffusers_in_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code of diffusers' schedulers in fp64, tables and steps: from a large sigma, fp32 cancels too much."""
+    for name in ("DDIM", "EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "DPMSolverMultistep"):
+        module = sys.modules[getattr(diffusers, f"{name}Scheduler").__module__]
+        monkeypatch.setattr(module, "np", Widened(np))
+        monkeypatch.setattr(module, "torch", Widened(torch))
 
 
 # Schedules
@@ -79,6 +115,42 @@ def test_forward_table(schedule: str) -> None:
     assert (table[1:, 0] < table[:-1, 0]).all(), "the image fades at every step"
 
 
+@pytest.mark.parametrize("schedule", SCHEDULE_NAMES)
+def test_zero_terminal_snr_is_that_of_diffusers(schedule: str, diffusers_in_fp64: None) -> None:
+    """diffusers' classes of sigma space put 2^-24 for the last abar; ours is 0 there, and their stand-in is in sigma."""
+    config = DiffusionConfig(schedule, prediction="v", clip=None, zero_terminal_snr=True)
+    abar = alphas_cumprod(config)
+    for kind in (diffusers.DDIMScheduler, diffusers.EulerDiscreteScheduler, diffusers.DPMSolverMultistepScheduler):
+        theirs = scheduler(kind, config)
+        assert theirs.betas.dtype == torch.float64
+        torch.testing.assert_close(betas(config), theirs.betas, rtol=0, atol=1e-9)
+        torch.testing.assert_close(abar[:-1], theirs.alphas_cumprod[:-1], rtol=1e-9, atol=0)
+    assert abar[-1] == 0 and theirs.alphas_cumprod[-1] == 2**-24
+    expected = ((1 - theirs.alphas_cumprod) / theirs.alphas_cumprod).sqrt()
+    torch.testing.assert_close(sigma_table(config), expected, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULE_NAMES)
+def test_zero_terminal_snr_ends_in_pure_noise(schedule: str) -> None:
+    """The first step stays as it was, the last is noise and nothing else, and all lie between."""
+    for T in (2, 3, 1000):
+        config = DiffusionConfig(schedule, T, prediction="v", zero_terminal_snr=True)
+        before, after = alphas_cumprod(DiffusionConfig(schedule, T, prediction="v")), alphas_cumprod(config)
+        torch.testing.assert_close(after[0], before[0], rtol=1e-12, atol=0)
+        assert after[-1] == 0 and betas(config)[-1] == 1 and forward_table(config)[-1].tolist() == [0, 1]
+        assert (after[1:] < after[:-1]).all() and (after[1:] < before[1:]).all()
+        assert ((betas(config)[:-1] > 0) & (betas(config)[:-1] < 1)).all()
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+def test_zero_terminal_snr_needs_a_prediction_that_tells_of_the_image(prediction: str) -> None:
+    if prediction != "eps":
+        assert DiffusionConfig(prediction=prediction, zero_terminal_snr=True).zero_terminal_snr
+        return
+    with pytest.raises(ValueError, match="zero_terminal_snr needs prediction v or x0"):
+        DiffusionConfig(prediction=prediction, zero_terminal_snr=True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "name"),
     [
@@ -88,6 +160,7 @@ def test_forward_table(schedule: str) -> None:
         ({"beta_start": 0.0}, "beta_start"),
         ({"beta_start": 0.5, "beta_end": 0.1}, "beta_start"),
         ({"beta_end": 1.0}, "beta_end"),
+        ({"zero_terminal_snr": True, "prediction": "v", "timesteps": 1}, "zero_terminal_snr"),
     ],
 )
 def test_wrong_configuration(arguments: dict[str, Any], name: str) -> None:
@@ -162,136 +235,96 @@ def test_unknown_spacing() -> None:
         timestep_sequence(37, 5, "even")
 
 
-# Steps
-
-CONFIGS = [
-    ("linear", "eps", 1.0), ("linear", "eps", None), ("linear", "x0", 1.0), ("linear", "v", 1.0),
-    ("scaled_linear", "v", None), ("cosine", "x0", None), ("cosine", "v", 1.0),
-]  # fmt: skip
-
-
-def walk(plan: SamplingPlan, config: DiffusionConfig, step_like_diffusers: Any) -> None:
-    """Each step from the same state, model output and noise; the state goes on as diffusers has it."""
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(2, 3, 4, 4, generator=generator)
-    for row, t in enumerate(plan.timesteps.tolist()):
-        m, noise = torch.randn(2, *x.shape, generator=generator)
-        theirs = step_like_diffusers(m, t, x, noise)
-        ours, _ = ops.diffusion_step(x, m, plan.coefficients, torch.tensor(row), clip=config.clip, noise=noise)
-        error, bound = (ours - theirs).abs().max().item(), 1e-5 * max(x.abs().max().item(), theirs.abs().max().item())
-        assert error <= bound, f"step {row}, t = {t}: {error:.2e} > {bound:.2e}"
-        x = theirs / max(1.0, theirs.abs().max().item() / 4)  # an untrained "model" must not blow it up
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_solver_timesteps_are_those_of_diffusers(spacing: str) -> None:
+    theirs = diffusers.DPMSolverMultistepScheduler(timestep_spacing=spacing)
+    for steps in [1, 2, 3, 4, 5, 7, 8, 10, 15, 20, 25, 30, 40, 50, 75, 100, 200, 250, 333, 499, 500, 999]:
+        theirs.set_timesteps(steps)
+        ours = solver_sequence(1000, steps, spacing)
+        assert ours.dtype == torch.int64 and ours.tolist() == theirs.timesteps.tolist(), steps
 
 
-@pytest.mark.parametrize("steps", [5, 20, 50])
-@pytest.mark.parametrize(("eta", "clipped"), [(0.0, False), (0.0, True), (0.5, False), (0.5, True)])
-@pytest.mark.parametrize(("schedule", "prediction", "clip"), CONFIGS)
-def test_ddim_steps_are_those_of_diffusers(
-    schedule: str, prediction: str, clip: float | None, eta: float, clipped: bool, steps: int
-) -> None:
-    config = DiffusionConfig(schedule, prediction=prediction, clip=clip)
-    theirs = scheduler(diffusers.DDIMScheduler, config, set_alpha_to_one=True, timestep_spacing="leading")
-    theirs.alphas_cumprod = theirs.alphas_cumprod.double().copy_(alphas_cumprod(config))  # theirs are a product in fp32
-    theirs.set_timesteps(steps)
-    plan = DDIM(eta, spacing="leading", use_clipped_model_output=clipped).plan(config, steps)
-    assert plan.noisy == (eta > 0) and plan.timesteps.tolist() == theirs.timesteps.tolist()
-
-    def step(m: Tensor, t: int, x: Tensor, noise: Tensor) -> Tensor:
-        options = {"eta": eta, "use_clipped_model_output": clipped, "variance_noise": noise if eta else None}
-        return theirs.step(m, t, x, **options).prev_sample
-
-    walk(plan, config, step)
+@pytest.mark.parametrize(("spacing", "most"), [("leading", 36), ("linspace", 36), ("trailing", 37)])
+def test_most_solver_steps(spacing: str, most: int) -> None:
+    """leading and linspace leave t = 0 out, so they have one step less to give."""
+    t = solver_sequence(37, most, spacing).tolist()
+    assert t == list(range(36, 36 - most, -1))
+    for steps in (0, most + 1):
+        with pytest.raises(UsageError, match=rf"^steps: .*between 1 and {most}\b"):
+            solver_sequence(37, steps, spacing)
 
 
-@pytest.mark.parametrize("steps", [5, 20, 50])
-@pytest.mark.parametrize(("schedule", "prediction", "clip"), CONFIGS)
-def test_ddpm_steps_are_those_of_diffusers(
-    schedule: str, prediction: str, clip: float | None, steps: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from diffusers.schedulers import scheduling_ddpm
-
-    config = DiffusionConfig(schedule, prediction=prediction, clip=clip)
-    theirs = scheduler(diffusers.DDPMScheduler, config, timestep_spacing="leading")
-    theirs.alphas_cumprod = theirs.alphas_cumprod.double().copy_(alphas_cumprod(config))
-    theirs.set_timesteps(steps)
-    plan = DDPM(spacing="leading").plan(config, steps)
-    assert plan.noisy and plan.timesteps.tolist() == theirs.timesteps.tolist()
-
-    def step(m: Tensor, t: int, x: Tensor, noise: Tensor) -> Tensor:
-        monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *args, **kwargs: noise)
-        return theirs.step(m, t, x).prev_sample
-
-    walk(plan, config, step)
+# Noise levels
 
 
-@pytest.mark.parametrize("sampler", [DDIM(), DDIM(1.0), DDPM()])
-@pytest.mark.parametrize("prediction", PREDICTION_NAMES)
-def test_a_perfect_model_gives_the_image_back(sampler: Any, prediction: str) -> None:
-    """Told the truth at every step, each sampler ends at x0 exactly: the last row adds no noise."""
-    config = DiffusionConfig("cosine", 1000, prediction=prediction)
-    plan, table = sampler.plan(config, 10), forward_table(config)
-    torch.manual_seed(0)
-    image = torch.rand(2, 1, 4, 4) * 1.8 - 0.9
-    x = torch.randn_like(image)
-    for row, t in enumerate(plan.timesteps):
-        a, b = table[t].double()
-        noise = ((x - a * image) / b).float()
-        m = training_target(image, noise, t.expand(2), table, prediction)
-        x, _ = ops.diffusion_step(x, m, plan.coefficients, torch.tensor(row), clip=1.0, noise=torch.randn_like(x))
-    torch.testing.assert_close(x, image, rtol=0, atol=1e-3)
+def test_sigma_table() -> None:
+    config = DiffusionConfig("linear", 3, 0.1, 0.5)
+    abar = [0.9, 0.9 * 0.7, 0.9 * 0.7 * 0.5]
+    expected = torch.tensor([math.sqrt((1 - a) / a) for a in abar], dtype=torch.float64)
+    torch.testing.assert_close(sigma_table(config), expected, rtol=1e-14, atol=0)
 
 
-def test_ddim_with_eta_1_adds_the_noise_of_ddpm() -> None:
-    config = DiffusionConfig()
-    torch.testing.assert_close(
-        DDIM(1.0).plan(config, 20).coefficients[:, 8], DDPM().plan(config, 20).coefficients[:, 8]
-    )
+def test_interpolate() -> None:
+    """Like np.interp: on the points, between them and beyond them; also with one point only."""
+    xs, ys = torch.tensor([[-3.0, 0.5, 2.0, 7.0], [1.0, 4.0, -2.0, 6.0]], dtype=torch.float64)
+    x = torch.cat([xs, torch.linspace(-5, 9, 57, dtype=torch.float64)])
+    torch.testing.assert_close(interpolate(x, xs, ys), torch.from_numpy(np.interp(x, xs, ys)), rtol=1e-14, atol=1e-14)
+    assert interpolate(x, xs[:1], ys[:1]).tolist() == [1.0] * len(x)
 
 
-@pytest.mark.parametrize("scale", [0.0, 1.0, 4.5])
-def test_guidance(scale: float) -> None:
-    config = DiffusionConfig("cosine", prediction="v")
-    plan = DDIM().plan(config, 10)
-    torch.manual_seed(0)
-    x, uncond, cond = torch.randn(3, 2, 1, 4, 4)
-    step = torch.tensor(3)
-    guided, _ = ops.diffusion_step(
-        x, torch.cat([uncond, cond]), plan.coefficients, step, guidance=torch.tensor(scale), clip=1.0
-    )
-    m = (uncond.double() + scale * (cond.double() - uncond.double())).float()
-    expected, _ = ops.diffusion_step(x, m, plan.coefficients, step, clip=1.0)
-    torch.testing.assert_close(guided, expected, rtol=0, atol=1e-5)
-
-
-# The samplers by name
-
-
-def test_plan() -> None:
-    for name, kind in SAMPLERS.items():
-        assert get_sampler(name) == kind()
-        plan = kind().plan(DiffusionConfig(timesteps=100), 7)
-        assert plan.coefficients.shape == (7, 9) and plan.coefficients.dtype == torch.float32
-        assert torch.isfinite(plan.coefficients).all() and plan.coefficients[-1, 8] == 0
-    own = DDIM(0.3)
-    assert get_sampler(own) is own
-
-
-@pytest.mark.parametrize("prediction", PREDICTION_NAMES)
+@pytest.mark.parametrize("zero", [False, True])
 @pytest.mark.parametrize("schedule", SCHEDULE_NAMES)
-def test_plans_of_every_length_are_finite(schedule: str, prediction: str) -> None:
-    config = DiffusionConfig(schedule, 40, prediction=prediction)
-    for sampler in (DDIM(0.5), DDPM()):
-        for steps in range(1, 41):
-            assert np.isfinite(sampler.plan(config, steps).coefficients.numpy()).all(), (sampler, steps)
+def test_karras_in_closed_form(schedule: str, zero: bool) -> None:
+    """Even steps in sigma^(1/7) from the largest sigma to the least; log sigma is linear between training steps."""
+    config = DiffusionConfig(schedule, prediction="v", zero_terminal_snr=zero)
+    table = sigma_table(config).tolist()
+    for steps in (1, 2, 10, 1000):
+        t, sigma = (x.tolist() for x in karras_sigmas(config, steps))
+        assert len(t) == len(sigma) == steps and t[0] == 999 and sigma[0] == pytest.approx(table[-1], rel=1e-12)
+        if steps > 1:
+            assert t[-1] == pytest.approx(0, abs=1e-9) and sigma[-1] == pytest.approx(table[0], rel=1e-12)
+        assert all(0 <= b < a <= 999 for a, b in zip(t, t[1:], strict=False))
+        for i, (level, time) in enumerate(zip(sigma, t, strict=True)):
+            share = i / max(1, steps - 1)
+            root = (1 - share) * table[-1] ** (1 / 7) + share * table[0] ** (1 / 7)
+            assert level == pytest.approx(root**7, rel=1e-12)
+            k = min(int(time), 998)
+            log = (k + 1 - time) * math.log(table[k]) + (time - k) * math.log(table[k + 1])
+            assert log == pytest.approx(math.log(level), abs=1e-9)
 
 
-@pytest.mark.parametrize("wrong", ["euler-a", "", 3, None])
-def test_unknown_sampler(wrong: Any) -> None:
-    with pytest.raises(UsageError, match=r"^sampler: .*ddim, ddpm"):
-        get_sampler(wrong)
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace", "karras"])
+def test_sigma_sequence(spacing: str) -> None:
+    """Where t is whole, sigma is the table's; under linspace it lies on the straight line between two entries."""
+    config = DiffusionConfig("cosine", 37)
+    table = sigma_table(config)
+    for steps in range(1, 38):
+        t, sigma = sigma_sequence(config, steps, spacing)
+        assert t.dtype == sigma.dtype == torch.float64 and len(t) == len(sigma) == steps
+        assert t.max() <= 36 and t.min() >= 0 and (t[1:] < t[:-1]).all() and (sigma[1:] < sigma[:-1]).all()
+        if spacing == "karras":
+            continue
+        torch.testing.assert_close(sigma, torch.from_numpy(np.interp(t, np.arange(37), table)), rtol=1e-12, atol=0)
+        if spacing == "linspace":
+            exact = [36 * i / max(1, steps - 1) for i in reversed(range(steps))]
+            assert t.tolist() == pytest.approx(exact, abs=1e-9)
+        else:
+            assert t.tolist() == timestep_sequence(37, steps, spacing).tolist()
 
 
-@pytest.mark.parametrize("eta", [-0.1, 1.5, float("nan")])
-def test_wrong_eta(eta: float) -> None:
-    with pytest.raises(UsageError, match=r"^eta: .*between 0 and 1"):
-        DDIM(eta).plan(DiffusionConfig(), 5)
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace", "karras"])
+@pytest.mark.parametrize("steps", [0, -1, 38, 2.0, True, "5", None])
+def test_wrong_steps(spacing: str, steps: Any) -> None:
+    with pytest.raises(UsageError, match=r"^steps: .*between 1 and 37"):
+        sigma_sequence(DiffusionConfig(timesteps=37), steps, spacing)
+    if spacing != "karras":
+        with pytest.raises(UsageError, match=r"^steps: .*between 1 and 3[67]"):
+            solver_sequence(37, steps, spacing)
+
+
+@pytest.mark.parametrize("spacing", ["even", "", None, 3])
+def test_wrong_spacing(spacing: Any) -> None:
+    with pytest.raises(UsageError, match=rf"^spacing: .*karras, not {spacing!r}$"):
+        sigma_sequence(DiffusionConfig(timesteps=37), 5, spacing)
+    with pytest.raises(UsageError, match=rf"^spacing: .*linspace, not {spacing!r}$"):
+        solver_sequence(37, 5, spacing)

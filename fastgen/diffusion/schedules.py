@@ -25,6 +25,8 @@ class DiffusionConfig:
     ``prediction`` is the network's output m: "eps" (the noise), "x0" (the image) or
     "v" = sqrt(abar) eps - sqrt(1 - abar) x0 (Salimans & Ho 2022, eq. 11).
     ``clip`` bounds the predicted image to [-clip, clip] while sampling; None leaves it free.
+    ``zero_terminal_snr`` rescales the schedule so that its last step is pure noise (Lin et al. 2024,
+    algorithm 1); "eps" is refused with it, for from pure noise the noise tells nothing of the image.
     """
 
     schedule: Schedule = "linear"
@@ -33,12 +35,15 @@ class DiffusionConfig:
     beta_end: float = 0.02
     prediction: Prediction = "eps"
     clip: float | None = 1.0
+    zero_terminal_snr: bool = False
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, not {self.schedule!r}")
         if self.prediction not in PREDICTIONS:
             raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}, not {self.prediction!r}")
+        if self.zero_terminal_snr and (self.prediction == "eps" or self.timesteps < 2):
+            raise ValueError("zero_terminal_snr needs prediction v or x0, and at least 2 timesteps")
         if self.timesteps < 1:
             raise ValueError(f"timesteps must be at least 1, not {self.timesteps}")
         if self.schedule != "cosine" and not 0 < self.beta_start <= self.beta_end < 1:
@@ -49,13 +54,19 @@ class DiffusionConfig:
 
 
 def betas(config: DiffusionConfig) -> Tensor:
-    """The variances of the forward process, fp64 [T], each in (0, 1).
+    """The variances of the forward process, fp64 [T], each in (0, 1), the last 1 for zero terminal SNR.
 
     - linear: beta_start … beta_end (Ho et al. 2020, section 4).
     - scaled_linear: linear in sqrt(beta), then squared (latent diffusion, Rombach et al. 2022).
     - cosine: beta_t = min(0.999, 1 - f((t+1)/T) / f(t/T)), f(u) = cos²((u + 0.008) / 1.008 · π/2)
       (Nichol & Dhariwal 2021, eq. 17).
+    - zero_terminal_snr: then sqrt(abar) is shifted to 0 at the end and scaled to what it was at the
+      start (Lin et al. 2024, algorithm 1).
     """
+    return _zero_terminal_snr(_betas(config)) if config.zero_terminal_snr else _betas(config)
+
+
+def _betas(config: DiffusionConfig) -> Tensor:
     T = config.timesteps
     if config.schedule == "linear":
         return torch.linspace(config.beta_start, config.beta_end, T, dtype=torch.float64)
@@ -64,6 +75,12 @@ def betas(config: DiffusionConfig) -> Tensor:
     u = torch.arange(T + 1, dtype=torch.float64) / T
     f = torch.cos((u + 0.008) / 1.008 * math.pi / 2).square()
     return (1 - f[1:] / f[:-1]).clamp(max=0.999)
+
+
+def _zero_terminal_snr(betas: Tensor) -> Tensor:
+    root = (1 - betas).cumprod(0).sqrt()
+    abar = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))).square()
+    return 1 - torch.cat([abar[:1], abar[1:] / abar[:-1]])
 
 
 def alphas_cumprod(config: DiffusionConfig) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from fastgen.models import unet
+from fastgen.models import classifier, unet
 
 
 @dataclass(frozen=True)
@@ -17,8 +17,12 @@ class Family:
     config: type
     network: type[nn.Module]
     presets: dict[str, Any]
+    samples: bool = True  # a generator; its network also takes a DiffusionConfig and SamplingDefaults
 
 
 FAMILIES: dict[str, Family] = {
     "unet": Family(unet.UNetConfig, unet.UNet, unet.PRESETS),
+    "classifier": Family(
+        classifier.ClassifierConfig, classifier.Classifier, classifier.PRESETS, samples=False
+    ),
 }

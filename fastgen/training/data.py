@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -40,6 +42,20 @@ def load_dataset(name: str, split: str = "train") -> tuple[Tensor, Tensor]:
         chosen.append(train if split == "train" else held_out)
     index = torch.cat(chosen)
     return images[index], labels[index]
+
+
+def load_images(name: str, preset: str, network: Any, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """The training split as a network takes it: images fp32 [N,C,H,W] in [-1,1], resized to its image_size, and
+    labels int64 [N]. Raises UsageError where in_channels or num_classes of the ``preset`` do not fit the data."""
+    images, labels = load_dataset(name)
+    if images.shape[1] != network.in_channels:
+        raise UsageError(f"preset: {preset} takes {network.in_channels} channels, {name} has {images.shape[1]}")
+    if network.num_classes is None or network.num_classes <= int(labels.max()):
+        raise UsageError(f"preset: {preset} has too few classes for {name}")
+    x = images.to(device).float() / 127.5 - 1
+    if x.shape[-1] != network.image_size:
+        x = F.interpolate(x, size=(network.image_size,) * 2, mode="bilinear", antialias=True, align_corners=False)
+    return x, labels.to(device)
 
 
 def random_affine(

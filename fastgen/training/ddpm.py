@@ -9,10 +9,9 @@ from torch import Tensor
 from fastgen import ops
 from fastgen.diffusion.samplers import SamplingDefaults
 from fastgen.diffusion.schedules import DiffusionConfig, forward_table, training_target
-from fastgen.errors import UsageError
 from fastgen.models import FAMILIES
-from fastgen.training.data import load_dataset, random_affine
-from fastgen.training.loop import TrainConfig
+from fastgen.training.data import load_images, random_affine
+from fastgen.training.loop import TrainConfig, network_of
 
 LABEL_DROPOUT = 0.1  # how often the class is hidden, so that guidance has an unconditional model
 
@@ -23,22 +22,9 @@ class DDPMRecipe:
     family = "unet"
 
     def __init__(self, config: TrainConfig, device: torch.device | str = "cpu") -> None:
-        presets = FAMILIES[self.family].presets
-        if config.preset not in presets:
-            raise UsageError(f"preset: unknown preset {config.preset!r}; choose one of {', '.join(presets)}")
         self.config = config
-        images, labels = load_dataset(config.data)
-        network = presets[config.preset]
-        if images.shape[1] != network.in_channels:
-            raise UsageError(
-                f"preset: {config.preset} takes {network.in_channels} channels, {config.data} has {images.shape[1]}"
-            )
-        if network.num_classes is None or network.num_classes <= int(labels.max()):
-            raise UsageError(f"preset: {config.preset} has too few classes for {config.data}")
-        x = images.to(device).float() / 127.5 - 1
-        if x.shape[-1] != network.image_size:
-            x = F.interpolate(x, size=(network.image_size,) * 2, mode="bilinear", antialias=True, align_corners=False)
-        self.images, self.labels = x, labels.to(device)
+        network = network_of(self.family, config)
+        self.images, self.labels = load_images(config.data, config.preset, network, device)
         torch.manual_seed(config.seed)
         self.model = (
             FAMILIES[self.family]

@@ -29,6 +29,7 @@ from fastgen.checkpoint import (
     write_checkpoint,
 )
 from fastgen.errors import UsageError
+from fastgen.models import FAMILIES
 
 LOG_EVERY = 100
 
@@ -65,6 +66,14 @@ class TrainConfig:
             raise UsageError(f"cooldown: must be between 0 and steps, {self.steps}, not {self.cooldown}")
         if self.precision not in ("fp32", "bf16"):
             raise UsageError(f"precision: must be fp32 or bf16, not {self.precision!r}")
+
+
+def network_of(family: str, config: TrainConfig) -> Any:
+    """The network's configuration that ``config.preset`` names; UsageError, with the names, for an unknown one."""
+    presets = FAMILIES[family].presets
+    if config.preset not in presets:
+        raise UsageError(f"preset: unknown preset {config.preset!r}; choose one of {', '.join(presets)}")
+    return presets[config.preset]
 
 
 class Recipe(Protocol):
