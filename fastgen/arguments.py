@@ -145,7 +145,9 @@ def start_images(network: nn.Module, image: StartImage | None, n: int) -> Tensor
         raise UsageError(f"image: must be a picture, a file of one, or uint8 [C, H, W] or [n, C, H, W], not {found}")
     image = image[None] if image.ndim == 3 else image
     if tuple(image.shape[1:]) != wanted:
-        raise UsageError(f"image: must have the model's shape {list(wanted)}, not {list(image.shape[1:])}; resize it first")
+        raise UsageError(
+            f"image: must have the model's shape {list(wanted)}, not {list(image.shape[1:])}; resize it first"
+        )
     if len(image) not in (1, n):
         raise UsageError(f"image: give one, or one for each of the {n} images; {len(image)} were given")
     return image.cpu().contiguous()

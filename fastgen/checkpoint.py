@@ -33,6 +33,8 @@ from fastgen.version import __version__
 FORMAT = 1
 WEIGHTS = Path(__file__).parent / "weights"
 STEP_PREFIX = "step-"
+PICKLES = {".bin", ".ckpt", ".pkl", ".pt", ".pth"}
+NO_PICKLES = "which is never read, since a pickle can run code; save it again as safetensors"
 
 
 def shipped_models() -> list[str]:
@@ -46,10 +48,12 @@ def describe_models() -> list[dict[str, Any]]:
     for name in shipped_models():
         config = read_json(WEIGHTS / name / "config.json")
         megabytes = (WEIGHTS / name / "model.safetensors").stat().st_size / 1e6
-        network, sampling = config["config"], config["sampling"]
+        network, sampling = config["config"], config.get("sampling")
         classes = f", {network['num_classes']} classes" if network.get("num_classes") else ""
-        size = f"{network['image_size']}x{network['image_size']}x{network['out_channels']}"
-        defaults = f"{sampling['steps']} {sampling['sampler']} steps, guidance {sampling['guidance']:g}"
+        size = f"{network['image_size']}x{network['image_size']}x{network['in_channels']}"
+        defaults = "measures the others (fastgen.metrics), draws nothing"
+        if sampling:
+            defaults = f"{sampling['steps']} {sampling['sampler']} steps, guidance {sampling['guidance']:g}"
         summary = f"{config['family']}/{config['preset']}: {size}{classes}, {megabytes:.1f} MB; {defaults}"
         described.append({"name": name, "summary": summary, "megabytes": round(megabytes, 2), **config})
     return described
@@ -189,7 +193,11 @@ def resolve(path_or_name: str | Path) -> Path:
         for candidate in (path, path / "unet"):
             if (candidate / "config.json").is_file():
                 return candidate
+        if any(file.suffix in PICKLES for file in path.iterdir()):
+            raise UsageError(f"model: {name} holds pickled weights only, {NO_PICKLES}")
         raise UsageError(f"model: {name} holds no checkpoint (no config.json and no {STEP_PREFIX}* folder in it)")
+    if path.suffix in PICKLES and path.exists():
+        raise UsageError(f"model: {name} is a pickle, {NO_PICKLES}")
     if path.exists():
         raise UsageError(f"model: {name} is a file; a checkpoint is a folder with config.json and model.safetensors")
     near = difflib.get_close_matches(name, shipped_models(), n=3, cutoff=0.4)
@@ -235,7 +243,28 @@ def verify(directory: Path) -> None:
         if not file.is_file():
             raise UsageError(f"model: {file} is missing, though the manifest lists it; copy the whole folder again")
         if sha256(file) != expected:
-            raise UsageError(f"model: {file} differs from its SHA-256 in manifest.json; it is damaged or was edited")
+            raise UsageError(f"model: {file} {_damage(file)}; copy the whole folder again")
+
+
+def _damage(file: Path) -> str:
+    """What is wrong with a file that differs from its manifest: cut off, another file, or changed in place."""
+    changed = "differs from its SHA-256 in manifest.json: it was edited, or bits of it flipped"
+    if file.suffix != ".safetensors":
+        return changed
+    size = file.stat().st_size
+    with open(file, "rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        header = f.read(length) if size >= 8 and length < 100_000_000 else b""
+    if 8 <= size < 8 + length and header.startswith(b"{"):
+        return f"is truncated: {size} bytes, fewer than its own header has"
+    try:
+        entries = json.loads(header)
+        expected = 8 + length + max(entry["data_offsets"][1] for name, entry in entries.items() if name[:2] != "__")
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return f"is {'truncated to nothing' if size < 8 else 'foreign: it is not a safetensors file'}"
+    if size < expected:
+        return f"is truncated: {size} of {expected} bytes are there"
+    return changed if size == expected else f"is too long: {size} bytes instead of {expected}"
 
 
 def _load_fastgen(directory: Path, config: dict[str, Any]) -> nn.Module:

@@ -1,4 +1,4 @@
-"""The command line: `fastgen sample | train | models | doctor`.
+"""The command line: `fastgen sample | replay | evaluate | train | models | doctor`.
 
 torch is imported inside the commands, so that `--help` is instant. A user's mistake is one line
 on stderr and exit code 2.
@@ -6,10 +6,12 @@ on stderr and exit code 2.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -18,7 +20,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     no_args_is_help=True,
-    help="Image generators in PyTorch on fused kernels: sample, train, and see what runs here.",
+    help="Image generators in PyTorch on fused kernels: sample, replay, evaluate, train, and see what runs here.",
 )
 _BadUsage = typer.BadParameter.__mro__[2]  # click's ClickException, wherever this typer keeps click
 
@@ -30,16 +32,19 @@ def main() -> None:
     try:
         code = app(standalone_mode=False) or 0
         if code == 130:  # what typer makes of Ctrl-C
-            _fail("interrupted", code)
+            _fail("interrupted", 2)
         sys.exit(code)
-    except (UsageError, _BadUsage) as error:
-        message = error.format_message() if isinstance(error, _BadUsage) else str(error)
-        _fail(message, 2)
-    except typer.Abort:
-        _fail("interrupted", 130)
-    except KeyboardInterrupt:
-        _fail("interrupted", 130)
-    except (OSError, FloatingPointError, ImportError) as error:
+    except UsageError as error:
+        argument, colon, rest = str(error).partition(":")
+        _fail(argument.replace("_", "-") + colon + rest if argument.isidentifier() else str(error), 2)
+    except _BadUsage as error:
+        _fail(error.format_message(), 2)
+    except (typer.Abort, KeyboardInterrupt):
+        _fail("interrupted", 2)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        _fail(f"no room left on the disk: {error}" if full else str(error), 2 if full else 1)
+    except (FloatingPointError, ImportError) as error:
         _fail(str(error), 1)
     except RuntimeError as error:
         if type(error).__name__ != "BackendError":
@@ -52,44 +57,153 @@ def _fail(message: str, code: int) -> None:
     sys.exit(code)
 
 
+# The options that several verbs share.
+Steps = Annotated[Optional[int], typer.Option(help="Sampling steps. Default: the model's own.")]
+SamplerName = Annotated[
+    Optional[str],
+    typer.Option(
+        help="ddim, ddpm, euler, euler_ancestral, heun (two calls of the network a step), dpmpp_2m or dpmpp_2m_sde. "
+        "Default: the model's own."
+    ),
+]
+Spacing = Annotated[
+    Optional[str],
+    typer.Option(
+        help="Which steps: trailing, leading, linspace or karras (euler, heun, dpmpp_2m…). Default: trailing."
+    ),
+]
+Eta = Annotated[Optional[float], typer.Option(help="For ddim: its noise, from 0 to 1. Default: 0.")]
+Guidance = Annotated[
+    Optional[float], typer.Option(help="Classifier-free guidance; 1 is none. Default: the model's own.")
+]
+BatchSize = Annotated[Optional[int], typer.Option(help="Images at once. Default: 64.")]
+Device = Annotated[Optional[str], typer.Option(help="cpu or cuda. Default: cuda where there is one.")]
+Backend = Annotated[Optional[str], typer.Option(help="reference, cpp, triton or cuda. Default: the best that runs.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+
+
 @app.command()
 def sample(
     name: Annotated[str, typer.Argument(help="A shipped model (see `fastgen models`) or a checkpoint folder.")],
-    n: Annotated[int, typer.Option("-n", "--count", help="How many images.")] = 1,
+    n: Annotated[
+        Optional[int], typer.Option("-n", "--count", help="How many images. Default: 1, or one for each seed.")
+    ] = None,
     output: Annotated[
-        Path, typer.Option("-o", "--output", help="The picture to write: a labelled grid if n > 1.")
-    ] = Path("samples.png"),
-    seed: Annotated[int, typer.Option(help="Image i has the seed SEED + i, and looks the same in any batch.")] = 0,
+        str,
+        typer.Option(
+            "-o",
+            "--output",
+            help="A picture to write: a labelled grid if n > 1. Or a folder, with / at the end: one PNG for each image, "
+            "written as it is made; run again, it goes on where it stopped.",
+        ),
+    ] = "samples.png",
+    seed: Annotated[
+        str,
+        typer.Option(help="Image i has the seed SEED + i, and looks the same in any batch. Or one for each: 3,1,4."),
+    ] = "0",
     labels: Annotated[
-        Optional[str],  # noqa: UP045 - typer reads it on Python 3.10
+        Optional[str],
         typer.Option(help="Classes, such as 3,1,4; repeated in turn to fill n. Default: each image's seed draws one."),
     ] = None,
-    steps: Annotated[Optional[int], typer.Option(help="Sampling steps. Default: the model's own.")] = None,  # noqa: UP045
-    sampler: Annotated[Optional[str], typer.Option(help="ddim or ddpm. Default: the model's own.")] = None,  # noqa: UP045
-    guidance: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option(help="Classifier-free guidance; 1 is none. Default: the model's own."),
+    steps: Steps = None,
+    sampler: SamplerName = None,
+    spacing: Spacing = None,
+    eta: Eta = None,
+    guidance: Guidance = None,
+    guidance_interval: Annotated[
+        Optional[str],
+        typer.Option(help="Where guidance applies, such as 0.2,0.8: 0 is the clean image, 1 pure noise. Default: 0,1."),
     ] = None,
-    batch_size: Annotated[Optional[int], typer.Option(help="Images at once. Default: 64.")] = None,  # noqa: UP045
-    device: Annotated[Optional[str], typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,  # noqa: UP045
-    backend: Annotated[Optional[str], typer.Option(help="reference, cpp, triton or cuda. Default: the best.")] = None,  # noqa: UP045
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    guidance_rescale: Annotated[
+        Optional[float], typer.Option(help="Brings guided contrast back, from 0 (not) to 1 (wholly). Default: 0.")
+    ] = None,
+    image: Annotated[
+        Optional[Path], typer.Option(help="A picture to start from instead of noise, of the model's own size.")
+    ] = None,
+    strength: Annotated[
+        Optional[float],
+        typer.Option(help="With --image: how much is drawn anew, from 0 (nothing) to 1. Default: 0.8."),
+    ] = None,
+    batch_size: BatchSize = None,
+    device: Device = None,
+    backend: Backend = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Draw images from a model. Example: fastgen sample ddpm-mnist -n 16 --labels 3,1,4 -o samples.png"""
-    from fastgen.errors import UsageError
-    from fastgen.sampling import check_output
+    """Draw images from a model.
+
+    Example: fastgen sample ddpm-mnist -n 16 --labels 3,1,4 -o samples.png
+
+    Many: fastgen sample ddpm-mnist -n 10000 -o digits/
+    """
+    from fastgen.images import check_output
+
+    folder = output.endswith(("/", os.sep)) or Path(output).is_dir()
+    if not folder:
+        check_output(output)  # before the work, not after
+    seeds = _numbers(seed, int, "seed", "0, or 3,1,4")
+    n = n if n is not None else len(seeds)
+    arguments = {
+        "seed": seeds[0] if len(seeds) == 1 else seeds, "labels": _parse_labels(labels, n), "steps": steps,
+        "guidance": guidance, "guidance_rescale": guidance_rescale, "image": image, "strength": strength,
+        "guidance_interval": None if guidance_interval is None else _interval(guidance_interval),
+        "sampler": _sampler(name, sampler, spacing=spacing, eta=eta), "batch_size": batch_size, "device": device,
+        "backend": backend, "progress": not quiet,
+    }  # fmt: skip
+    report = _into_folder(output, name, n, arguments) if folder else _into_picture(output, name, n, arguments)
+    typer.echo(json.dumps(report) if as_json else report["message"])
+
+
+def _into_picture(output: str, name: str, n: int, arguments: dict[str, Any]) -> dict[str, Any]:
     from fastgen.sampling import sample as run
 
-    check_output(output)  # before the work, not after
-    try:
-        made = run(
-            name, n, seed=seed, labels=_parse_labels(labels, n), steps=steps, sampler=sampler, guidance=guidance,
-            batch_size=batch_size, device=device, backend=backend, progress=not quiet,
-        )  # fmt: skip
-    except UsageError as error:
-        raise UsageError(str(error).replace("batch_size:", "batch-size:")) from None
+    made = run(name, n, **arguments)
     made.save(output)
-    typer.echo(f"{len(made)} {'image' if len(made) == 1 else 'images'} in {output}")
+    message = f"{len(made)} {'image' if len(made) == 1 else 'images'} in {output}"
+    labels = None if made.labels is None else made.labels.tolist()
+    return {"message": message, "output": output, "made": n, "found": 0, "seeds": made.seeds.tolist(), "labels": labels}
+
+
+def _into_folder(output: str, name: str, n: int, arguments: dict[str, Any]) -> dict[str, Any]:
+    from fastgen.errors import UsageError
+    from fastgen.folder import image_name, sample_to_folder
+
+    try:
+        written = sample_to_folder(output, name, n, **arguments)
+    except KeyboardInterrupt:
+        there = sum((Path(output) / image_name(i)).exists() for i in range(n))
+        again = "; run the same command again to go on" if there else ""
+        raise UsageError(f"interrupted: {there} of {n} images are in {output}{again}") from None
+    earlier = f", {written.found} of them from before" if written.found else ""
+    message = f"{n} {'image' if n == 1 else 'images'} in {output}{earlier}"
+    return {"message": message, "output": output, "made": written.made, "found": written.found}
+
+
+def _sampler(name: str, sampler: str | None, **options: Any) -> Any:
+    """The sampler by its name, or the model's own, with the options that were given."""
+    from fastgen.checkpoint import load
+    from fastgen.diffusion.samplers import get_sampler
+
+    if all(value is None for value in options.values()):
+        return sampler
+    if sampler is None:
+        network = load(name)
+        sampler = network.sampling.sampler if hasattr(network, "sampling") else "ddim"
+    return get_sampler(sampler, **options)
+
+
+def _numbers(text: str, kind: type, argument: str, example: str) -> list[Any]:
+    from fastgen.errors import UsageError
+
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{argument}: must be numbers separated by commas, such as {example}, not {text!r}") from None
+
+
+def _interval(text: str) -> tuple[Any, ...]:
+    return tuple(_numbers(text, float, "guidance_interval", "0.2,0.8"))
 
 
 def _parse_labels(text: str | None, n: int) -> list[int] | None:
@@ -97,13 +211,71 @@ def _parse_labels(text: str | None, n: int) -> list[int] | None:
 
     if text is None:
         return None
-    try:
-        given = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise UsageError(f"labels: must be whole numbers separated by commas, such as 3,1,4, not {text!r}") from None
+    given = _numbers(text, int, "labels", "3,1,4")
     if len(given) > max(n, 1):
         raise UsageError(f"labels: {len(given)} were given for {n} images; give at most {n}, or raise -n")
     return [given[i % len(given)] for i in range(n)]
+
+
+@app.command()
+def replay(
+    path: Annotated[Path, typer.Argument(help="A PNG that fastgen wrote.")],
+    output: Annotated[
+        Optional[Path], typer.Option("-o", "--output", help="Write the picture that was made again here.")
+    ] = None,
+    model: Annotated[
+        Optional[str], typer.Option(help="The model, if it is not where the recipe says. Default: the recipe's.")
+    ] = None,
+    device: Annotated[Optional[str], typer.Option(help="cpu or cuda. Default: the recipe's.")] = None,
+    backend: Annotated[
+        Optional[str], typer.Option(help="reference, cpp, triton or cuda. Default: the recipe's.")
+    ] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make an image again from the recipe in its PNG, and say whether it is the same.
+
+    Exit code 0 if every pixel is, 1 if not. Example: fastgen replay samples.png
+    """
+    from fastgen.images import check_output
+    from fastgen.replaying import replay as run
+
+    if output is not None:
+        check_output(output)
+    found = run(path, model=model, device=device, backend=backend, progress=not quiet)
+    if output is not None:
+        found.samples.save(output)
+    typer.echo(json.dumps(found.as_dict()) if as_json else str(found))
+    if not found.exact:
+        raise typer.Exit(1)
+
+
+@app.command()
+def evaluate(
+    name: Annotated[str, typer.Argument(help="A shipped model or a checkpoint folder that draws the ten digits.")],
+    n: Annotated[int, typer.Option("-n", "--count", help="How many images to draw, the ten classes in turn.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Image i has the seed SEED + i.")] = 0,
+    steps: Steps = None,
+    sampler: SamplerName = None,
+    spacing: Spacing = None,
+    eta: Eta = None,
+    guidance: Guidance = None,
+    batch_size: BatchSize = None,
+    device: Device = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure how good a model's images are: label accuracy, Fréchet distance, precision, recall, nearness to the training images.
+
+    Needs the extras metrics and data. A thousand images take minutes on a CPU. Example: fastgen evaluate ddpm-mnist
+    """
+    from fastgen.metrics import evaluate as run
+
+    found = run(
+        name, n, seed=seed, steps=steps, sampler=_sampler(name, sampler, spacing=spacing, eta=eta), guidance=guidance,
+        batch_size=batch_size, device=device, progress=not quiet,
+    )  # fmt: skip
+    typer.echo(json.dumps(found.as_dict(), indent=2) if as_json else str(found))
 
 
 @app.command()
@@ -114,7 +286,7 @@ def train(
     out: Annotated[Path, typer.Option(help="The folder of the run: checkpoints and log.csv.")],
     data: Annotated[str, typer.Option(help="The data set: mnist-5k (needs the extra 'data').")] = "mnist-5k",
     preset: Annotated[
-        Optional[str],  # noqa: UP045
+        Optional[str],
         typer.Option(help="The network. ddpm: mnist (default) or tiny. classifier: digits (default) or digits-tiny."),
     ] = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps in all.")] = 10_000,
@@ -124,9 +296,9 @@ def train(
     precision: Annotated[str, typer.Option(help="fp32, or bf16 for autocast.")] = "fp32",
     seed: Annotated[int, typer.Option(help="Of everything random in the run.")] = 0,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints; the two newest are kept.")] = 1000,
-    resume: Annotated[Optional[str], typer.Option(help="'auto' goes on from the newest checkpoint in OUT.")] = None,  # noqa: UP045
-    device: Annotated[Optional[str], typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,  # noqa: UP045
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    resume: Annotated[Optional[str], typer.Option(help="'auto' goes on from the newest checkpoint in OUT.")] = None,
+    device: Device = None,
+    quiet: Quiet = False,
 ) -> None:
     """Train a model. Example: fastgen train ddpm --data mnist-5k --out runs/digits --steps 5000 --resume auto"""
     import torch
@@ -154,7 +326,7 @@ def train(
 
 
 @app.command()
-def models(as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False) -> None:
+def models(as_json: AsJson = False) -> None:
     """List the models in the package. Example: fastgen models"""
     from fastgen.checkpoint import describe_models
 
@@ -163,11 +335,11 @@ def models(as_json: Annotated[bool, typer.Option("--json", help="For scripts.")]
         typer.echo(json.dumps(described, indent=2))
         return
     for entry in described:
-        typer.echo(f"{entry['name']:<16}{entry['summary']}")
+        typer.echo(f"{entry['name']:<20}{entry['summary']}")
 
 
 @app.command()
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False) -> None:
+def doctor(as_json: AsJson = False) -> None:
     """Show which kernels run here, and why the others do not. Example: fastgen doctor"""
     from fastgen.diagnosis import doctor as examine
 

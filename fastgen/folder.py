@@ -30,7 +30,9 @@ class Written:
     found: int
 
 
-def sample_to_folder(folder: str | Path, model: str | Path | nn.Module, n: int | None = None, **arguments: Any) -> Written:
+def sample_to_folder(
+    folder: str | Path, model: str | Path | nn.Module, n: int | None = None, **arguments: Any
+) -> Written:
     """Writes n images into ``folder`` as 000000.png, 000001.png, …, each whole or not at all, with its recipe.
 
     Takes the arguments of `sample`. Memory does not grow with n. Images that an earlier run left there are kept and
@@ -57,7 +59,9 @@ def _check_folder(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"output: {folder} is a file; give a folder")
     if not folder.exists() and not folder.absolute().parent.is_dir():
-        raise UsageError(f"output: the folder {folder.parent}, in which {folder.name} is to be, does not exist; create it first")
+        raise UsageError(
+            f"output: the folder {folder.parent}, in which {folder.name} is to be, does not exist; create it first"
+        )
     if not os.access(folder if folder.exists() else folder.absolute().parent, os.W_OK):
         raise UsageError(f"output: the folder {folder} is not writable")
 

@@ -128,7 +128,9 @@ def writing(path: Path) -> Iterator[Path]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise UsageError(f"output: no room for {path.name} on the disk of {path.parent}; make some and run it again") from None
+        raise UsageError(
+            f"output: no room for {path.name} on the disk of {path.parent}; make some and run it again"
+        ) from None
     finally:
         if work is not None:
             work.unlink(missing_ok=True)

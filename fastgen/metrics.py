@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgen.checkpoint import load
+from fastgen.diffusion.samplers import Sampler
 from fastgen.errors import UsageError
 from fastgen.sampling import sample
 from fastgen.training.data import load_dataset
@@ -95,7 +96,9 @@ def precision_recall(real: Tensor, generated: Tensor, neighbours: int = 3) -> tu
 
 def _check_features(real: Tensor, generated: Tensor) -> None:
     if real.ndim != 2 or generated.ndim != 2 or real.shape[1] != generated.shape[1]:
-        raise ValueError(f"real and generated must be [N, F] and [M, F], not {list(real.shape)}, {list(generated.shape)}")
+        raise ValueError(
+            f"real and generated must be [N, F] and [M, F], not {list(real.shape)}, {list(generated.shape)}"
+        )
     if min(len(real), len(generated)) < 2:
         raise ValueError("real and generated must have at least two rows each")
 
@@ -133,7 +136,9 @@ class Evaluation:
     the samples over that of the held-out images."""
 
     model: str
+    sha256: str
     sampler: str
+    options: dict[str, Any]
     steps: int
     guidance: float
     n: int
@@ -161,7 +166,10 @@ class Evaluation:
     def __str__(self) -> str:
         head = f"{self.model}: {self.n} images, {self.sampler}, {self.steps} steps, guidance {self.guidance:g}"
         rows = [
-            ("the asked digit is read in", f"{self.label_accuracy:.1%} (held-out images: {self.held_out_accuracy:.1%})"),
+            (
+                "the asked digit is read in",
+                f"{self.label_accuracy:.1%} (held-out images: {self.held_out_accuracy:.1%})",
+            ),
             ("Fréchet distance", f"{self.frechet:.3f} = {self.frechet_ratio:.2f} x that of training images"),
             ("precision, recall", f"{self.precision:.3f}, {self.recall:.3f}"),
             ("nearest training image", "distance over that of held-out images, by class"),
@@ -178,7 +186,7 @@ def evaluate(
     n: int = 1000,
     *,
     seed: int = 0,
-    sampler: str | None = None,
+    sampler: str | Sampler | None = None,
     steps: int | None = None,
     guidance: float | None = None,
     batch_size: int | None = None,
@@ -196,13 +204,17 @@ def evaluate(
     config, classifier = network.config, load(CLASSIFIER)
     expected = (1, 28, 10)
     if (config.out_channels, config.image_size, config.num_classes) != expected:
-        raise UsageError(f"model: {model} does not draw the ten digits in 28×28 pixels, which is all that is measured here")
+        raise UsageError(
+            f"model: {model} does not draw the ten digits in 28×28 pixels, which is all that is measured here"
+        )
     training, training_labels = load_dataset("mnist-5k", "train")
     held_out, held_out_labels = load_dataset("mnist-5k", "test")
     labels = torch.arange(n) % config.num_classes
-    plan = {"sampler": sampler, "steps": steps, "guidance": guidance}
-    plan = {k: getattr(network.sampling, k) if v is None else v for k, v in plan.items()}
-    made = sample(network, n, seed=seed, labels=labels, batch_size=batch_size, progress=progress, **plan)
+    made = sample(
+        network, n, seed=seed, labels=labels, sampler=sampler, steps=steps, guidance=guidance, batch_size=batch_size,
+        progress=progress,
+    )  # fmt: skip
+    recipe = made.recipe
     real, real_logits = features(held_out, classifier)
     generated, logits = features(made.images, classifier)
     precision, recall = precision_recall(real, generated)
@@ -210,7 +222,8 @@ def evaluate(
     measured = nearest_distance(made.images, labels, training, training_labels)
     yardstick = nearest_distance(held_out, held_out_labels, training, training_labels)
     return Evaluation(
-        model=str(model), n=n, seed=seed, **plan,
+        model=str(model), sha256=recipe.sha256, sampler=recipe.sampler or type(sampler).__name__, options=recipe.options,
+        steps=recipe.steps, guidance=recipe.guidance, n=n, seed=seed,
         label_accuracy=label_accuracy(logits, labels),
         held_out_accuracy=label_accuracy(real_logits, held_out_labels),
         frechet=frechet_distance(real, generated),

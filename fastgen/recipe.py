@@ -85,7 +85,9 @@ def read_recipe(path: str | Path) -> tuple[Image.Image, Recipe]:
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise UsageError(f"path: {path} cannot be read as a picture ({error})") from None
     if text is None:
-        raise UsageError(f"path: {path} carries no recipe: fastgen did not write it, or a program that edited it cut it out")
+        raise UsageError(
+            f"path: {path} carries no recipe: fastgen did not write it, or a program that edited it cut it out"
+        )
     try:
         values = json.loads(text)
         if values.pop("format") > FORMAT:

@@ -34,7 +34,13 @@ class Replay:
 
     def as_dict(self) -> dict[str, Any]:
         recipe = asdict(self.samples.recipe)
-        return {"exact": self.exact, "largest": self.largest, "share": self.share, "reasons": self.reasons, "recipe": recipe}
+        return {
+            "exact": self.exact,
+            "largest": self.largest,
+            "share": self.share,
+            "reasons": self.reasons,
+            "recipe": recipe,
+        }
 
     def __str__(self) -> str:
         if self.exact:
@@ -81,7 +87,9 @@ def replay(
 def _arguments(recipe: Recipe, path: str | Path, model: Any, sampler: Sampler | None) -> dict[str, Any]:
     """The arguments of `sample` that a recipe stands for, without seeds and labels."""
     if sampler is None and recipe.sampler is None:
-        raise UsageError(f"sampler: {path} was made with a sampler of its own kind, which the recipe cannot name; pass it")
+        raise UsageError(
+            f"sampler: {path} was made with a sampler of its own kind, which the recipe cannot name; pass it"
+        )
     if model is None and not recipe.model:
         raise UsageError(f"model: {path} was made from a module without a name; give the model")
     image = None
@@ -107,7 +115,9 @@ def _difference(made: Samples, picture: Image.Image, path: str | Path) -> tuple[
     ours = made.picture()
     if ours.size != picture.size:
         sizes = [f"{w}×{h}" for w, h in (picture.size, ours.size)]
-        raise UsageError(f"path: {path} is {sizes[0]}, but its recipe makes {sizes[1]}: it was resized after it was made")
+        raise UsageError(
+            f"path: {path} is {sizes[0]}, but its recipe makes {sizes[1]}: it was resized after it was made"
+        )
     off = np.abs(np.asarray(ours, np.int16) - np.asarray(picture.convert(ours.mode), np.int16))
     return int(off.max()), float((off > 0).mean())
 
@@ -124,4 +134,3 @@ def _reasons(then: Recipe, now: Recipe) -> list[str]:
         if before != after:
             found.append(f"{name} {before} then, {after} now")
     return found or ["nothing that was recorded differs, so the picture was probably changed after it was made"]
-

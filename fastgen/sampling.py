@@ -177,12 +177,12 @@ def run(job: Job, batches: Sequence[Sequence[int]]) -> Iterator[Samples]:
     with _bar(len(batches) * len(job.plan.timesteps), job.progress) as bar:
         done = 0
         for batch in batches:
-            bar.set_postfix_str(f"{done}/{total} images", refresh=False)
             with torch.inference_mode(), _backend(job.backend), _evaluating(job.network), _memory(len(batch)):
                 x = _denoise(job, torch.tensor(batch), place, bar)
                 images = ops.to_uint8(x).permute(0, 3, 1, 2).contiguous().cpu()
                 recipe = replace(job.recipe_of(batch), environment=environment(place))
             done += len(batch)
+            bar.set_postfix_str(f"{done}/{total} images")
             labels = None if recipe.labels is None else torch.tensor(recipe.labels)
             yield Samples(images.clone(), torch.tensor(recipe.seeds), labels, recipe)
 
@@ -286,7 +286,9 @@ def _memory(images: int) -> Iterator[None]:
         known = ("out of memory", "can't allocate memory", "not enough memory")
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not any(w in str(error) for w in known):
             raise
-        advice = f"batch_size: give a smaller one, such as {images // 2}" if images > 1 else "model: it needs more memory"
+        advice = (
+            f"batch_size: give a smaller one, such as {images // 2}" if images > 1 else "model: it needs more memory"
+        )
         raise UsageError(f"{advice}; memory ran out with {images} at once") from None
 
 

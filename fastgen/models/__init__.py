@@ -22,7 +22,5 @@ class Family:
 
 FAMILIES: dict[str, Family] = {
     "unet": Family(unet.UNetConfig, unet.UNet, unet.PRESETS),
-    "classifier": Family(
-        classifier.ClassifierConfig, classifier.Classifier, classifier.PRESETS, samples=False
-    ),
+    "classifier": Family(classifier.ClassifierConfig, classifier.Classifier, classifier.PRESETS, samples=False),
 }
