@@ -91,9 +91,8 @@ class Record:
     def write(self, folder: Path) -> list[Path]:
         """<date>-<hardware>-<what>.json and .md, anew after each row: a run that is stopped leaves what it has."""
         folder.mkdir(parents=True, exist_ok=True)
-        slug = re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
-        slug += f"-{self.hardware['threads']}t" if self.device == "cpu" else ""
-        stem = folder / f"{self.date[:10]}-{slug}-{self.what}"
+        threads = f"-{self.hardware['threads']}t" if self.device == "cpu" else ""
+        stem = folder / f"{self.date[:10]}-{slug(self.name)}{threads}-{self.what}"
         texts = {".json": json.dumps(asdict(self), indent=1) + "\n", ".md": self.markdown()}
         for ending, text in texts.items():
             Path(f"{stem}{ending}").write_text(text, encoding="utf-8")
@@ -114,11 +113,11 @@ class Record:
             lines.append("Times of a CPU depend on what else it runs: read the ratios.")
         names = list(dict.fromkeys(name for row in self.rows for name in row.columns))
         header = ["op", "case", "dtype", "direction", "auto", *names, "limit"]
-        lines += ["", _line(header), _line(["---"] * len(header))]
+        lines += ["", table_line(header), table_line(["---"] * len(header))]
         for row in self.rows:
             cells = [_cell(row, row.columns[name]) if name in row.columns else "" for name in names]
             limit = "" if row.limit_ms is None else f"{row.limit_ms:.3g}"
-            lines.append(_line([row.op, row.case, row.dtype, row.direction, row.auto, *cells, limit]))
+            lines.append(table_line([row.op, row.case, row.dtype, row.direction, row.auto, *cells, limit]))
         return "\n".join(lines) + "\n"
 
     def summary(self) -> str:
@@ -140,7 +139,12 @@ class Record:
         return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in table)
 
 
-def _line(cells: list[str]) -> str:
+def slug(name: str) -> str:
+    """A name as part of a file's."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def table_line(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 

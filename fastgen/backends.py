@@ -99,6 +99,11 @@ def check_device(device: torch.device | str | None) -> None:
         )
 
 
+def default_device() -> str:
+    """Where a model is loaded to if nobody says: a GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def resolve(op: str, device: torch.device, backend: str | None = None) -> str:
     """The backend that ``op`` runs on for tensors on ``device``; ``backend`` is the caller's argument."""
     if backend is not None:

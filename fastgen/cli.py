@@ -69,7 +69,8 @@ SamplerName = Annotated[
 Spacing = Annotated[
     Optional[str],
     typer.Option(
-        help="Which steps: trailing, leading, linspace or karras (euler, heun, dpmpp_2m…). Default: trailing."
+        help="Which steps to visit: trailing, leading, linspace, and, for euler, heun and dpmpp, karras. "
+        "Default: karras for heun, trailing for the others."
     ),
 ]
 Eta = Annotated[Optional[float], typer.Option(help="For ddim: its noise, from 0 to 1. Default: 0.")]
@@ -94,7 +95,7 @@ def sample(
         typer.Option(
             "-o",
             "--output",
-            help="A picture to write: a labelled grid if n > 1. Or a folder, with / at the end: one PNG for each image, "
+            help="A picture to write: a labelled grid if n > 1. Or a folder, with / at the end: a PNG for each image, "
             "written as it is made; run again, it goes on where it stopped.",
         ),
     ] = "samples.png",
@@ -265,7 +266,7 @@ def evaluate(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure how good a model's images are: label accuracy, Fréchet distance, precision, recall, nearness to the training images.
+    """Measure a model's images: label accuracy, Fréchet distance, precision, recall, nearness to the training images.
 
     Needs the extras metrics and data. A thousand images take minutes on a CPU. Example: fastgen evaluate ddpm-mnist
     """
@@ -301,9 +302,7 @@ def train(
     quiet: Quiet = False,
 ) -> None:
     """Train a model. Example: fastgen train ddpm --data mnist-5k --out runs/digits --steps 5000 --resume auto"""
-    import torch
-
-    from fastgen.backends import check_device
+    from fastgen.backends import check_device, default_device
     from fastgen.errors import UsageError
     from fastgen.training.classifier import ClassifierRecipe
     from fastgen.training.ddpm import DDPMRecipe
@@ -318,8 +317,7 @@ def train(
         precision=precision, seed=seed, save_every=save_every,
     )  # fmt: skip
     check_device(device)
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    trainer = start_or_resume(kind(config, place), config, out, resume)
+    trainer = start_or_resume(kind(config, device or default_device()), config, out, resume)
     last = trainer.run(progress=False if quiet else None)
     hint = f"; draw from it with: fastgen sample {last} -n 16" if recipe == "ddpm" else f": {last}"
     typer.echo(f"trained to step {trainer.step}{hint}")

@@ -1,4 +1,4 @@
-"""`fastgen.sample_to_folder`: any number of images, one PNG each, written as they are made and taken up where it stopped."""
+"""`fastgen.sample_to_folder`: any number of images, a PNG each, written as they are made; goes on where it stopped."""
 
 from __future__ import annotations
 

@@ -116,7 +116,10 @@ def concatenate(batches: Sequence[Samples]) -> Samples:
 
 @contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """Yields a path beside ``path`` for a file that takes its place when the block succeeds; UsageError for a full disk."""
+    """Yields a path beside ``path``, for a file that takes its place when the block succeeds.
+
+    Nothing is left of one that fails. A full disk is a UsageError.
+    """
     work = None
     try:
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)

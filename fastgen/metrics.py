@@ -7,6 +7,7 @@ Legend: N M images, F features, C H W image.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastgen.arguments import check_module
+from fastgen.backends import default_device
 from fastgen.checkpoint import load
 from fastgen.diffusion.samplers import Sampler
 from fastgen.errors import UsageError
@@ -200,40 +203,65 @@ def evaluate(
     """
     if isinstance(n, bool) or not isinstance(n, int) or n < 50:
         raise UsageError(f"n: must be a whole number of at least 50, not {n!r}")
-    network = load(model, device=device)
-    config, classifier = network.config, load(CLASSIFIER)
-    expected = (1, 28, 10)
-    if (config.out_channels, config.image_size, config.num_classes) != expected:
+    network = load(model, device=device or default_device())
+    check_module(network)
+    config = network.config
+    if (config.out_channels, config.image_size, config.num_classes) != (1, 28, 10):
         raise UsageError(
             f"model: {model} does not draw the ten digits in 28×28 pixels, which is all that is measured here"
         )
-    training, training_labels = load_dataset("mnist-5k", "train")
-    held_out, held_out_labels = load_dataset("mnist-5k", "test")
+    known = _reference()
     labels = torch.arange(n) % config.num_classes
     made = sample(
         network, n, seed=seed, labels=labels, sampler=sampler, steps=steps, guidance=guidance, batch_size=batch_size,
         progress=progress,
     )  # fmt: skip
     recipe = made.recipe
-    real, real_logits = features(held_out, classifier)
-    generated, logits = features(made.images, classifier)
-    precision, recall = precision_recall(real, generated)
-    first = torch.cat([(training_labels == label).nonzero()[:100, 0] for label in range(config.num_classes)])
-    measured = nearest_distance(made.images, labels, training, training_labels)
-    yardstick = nearest_distance(held_out, held_out_labels, training, training_labels)
+    generated, logits = features(made.images)
+    precision, recall = precision_recall(known.features, generated)
+    measured = _percentiles(nearest_distance(made.images, labels, known.training, known.training_labels), labels)
+    nearest = {
+        label: {name: row[name] / known.nearest[label][name] for name in PERCENTILES} for label, row in measured.items()
+    }
     return Evaluation(
-        model=str(model), sha256=recipe.sha256, sampler=recipe.sampler or type(sampler).__name__, options=recipe.options,
-        steps=recipe.steps, guidance=recipe.guidance, n=n, seed=seed,
-        label_accuracy=label_accuracy(logits, labels),
-        held_out_accuracy=label_accuracy(real_logits, held_out_labels),
-        frechet=frechet_distance(real, generated),
-        frechet_training=frechet_distance(real, features(training[first], classifier)[0]),
-        precision=precision, recall=recall,
-        nearest={
-            label: {
-                name: (measured[labels == label].quantile(q) / yardstick[held_out_labels == label].quantile(q)).item()
-                for name, q in PERCENTILES.items()
-            }
-            for label in range(config.num_classes)
-        },
+        model=str(model), sha256=recipe.sha256, sampler=recipe.sampler or type(sampler).__name__,
+        options=recipe.options, steps=recipe.steps, guidance=recipe.guidance, n=n, seed=seed,
+        label_accuracy=label_accuracy(logits, labels), held_out_accuracy=known.accuracy,
+        frechet=frechet_distance(known.features, generated), frechet_training=known.frechet_training,
+        precision=precision, recall=recall, nearest=nearest,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """What does not depend on the model that is evaluated."""
+
+    training: Tensor
+    training_labels: Tensor
+    features: Tensor  # of the held-out images
+    accuracy: float
+    frechet_training: float
+    nearest: dict[int, dict[str, float]]
+
+
+@functools.lru_cache(maxsize=1)
+def _reference() -> _Reference:
+    training, training_labels = load_dataset("mnist-5k", "train")
+    held_out, labels = load_dataset("mnist-5k", "test")
+    real, logits = features(held_out)
+    first = torch.cat([(training_labels == label).nonzero()[:100, 0] for label in labels.unique()])
+    return _Reference(
+        training,
+        training_labels,
+        real,
+        label_accuracy(logits, labels),
+        frechet_distance(real, features(training[first])[0]),
+        _percentiles(nearest_distance(held_out, labels, training, training_labels), labels),
+    )
+
+
+def _percentiles(distances: Tensor, labels: Tensor) -> dict[int, dict[str, float]]:
+    return {
+        label: {name: distances[labels == label].quantile(q).item() for name, q in PERCENTILES.items()}
+        for label in labels.unique().tolist()
+    }

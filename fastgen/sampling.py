@@ -29,7 +29,7 @@ from fastgen.arguments import (
     seeds_of,
     start_images,
 )
-from fastgen.backends import check_backend, check_device, use_backend
+from fastgen.backends import check_backend, check_device, default_device, use_backend
 from fastgen.checkpoint import fingerprint, load
 from fastgen.diffusion.samplers import Sampler, SamplingPlan, describe_sampler, get_sampler
 from fastgen.errors import UsageError
@@ -252,7 +252,7 @@ def _network(model: str | Path | nn.Module, device: torch.device | str | None, d
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise UsageError(f"dtype: must be a floating torch.dtype such as torch.bfloat16, not {dtype!r}")
     if not isinstance(model, nn.Module):
-        model = load(model, device=device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype=dtype)
+        model = load(model, device=device or default_device(), dtype=dtype)
     check_module(model)
     return _placed(model, device, dtype)
 

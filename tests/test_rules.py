@@ -29,8 +29,11 @@ STEMS = sorted(set(backends.STEMS.values()))
 LAYERS: list[set[str]] = [
     {"__main__"},
     {"cli"},
+    {"folder", "metrics", "replaying"},
     {"testing", "diagnosis", "training", "sampling"},
-    {"checkpoint"},
+    {"arguments"},
+    {"images"},
+    {"checkpoint", "recipe"},
     {"models"},
     {"diffusion"},
     {"nn"},
@@ -40,6 +43,9 @@ LAYERS: list[set[str]] = [
 ]
 # The package itself, fastgen/__init__.py, loads everything on first use, and itself imports only:
 ROOT_IMPORTS = {"version"}
+
+# Functions of the package itself.
+PUBLIC = {"doctor", "load", "replay", "sample", "sample_to_folder", "save", "stream", "use_backend"}
 
 OP_LINES, KERNEL_LINES, FUNCTION_LINES = 260, 400, 40
 # Functions that are longer, and why.
@@ -236,7 +242,7 @@ def needs_words(qualified: str, function: ast.FunctionDef, file: Path) -> bool:
     say it. In ops/ every function that is exported, and no *_kernel, which repeats the shapes beside its pointers."""
     if not is_public(qualified) or qualified.endswith("_kernel"):
         return False
-    if file.parent.name == "ops" or qualified in ("load", "save", "sample", "doctor", "use_backend"):
+    if file.parent.name == "ops" or qualified in PUBLIC:
         return "." not in qualified
     return count(function, file) > (6 if file.parent == KERNELS else 12) or qualified.endswith(("_fwd", "_bwd"))
 

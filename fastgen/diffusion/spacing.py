@@ -88,7 +88,7 @@ def karras_sigmas(config: DiffusionConfig, steps: int) -> tuple[Tensor, Tensor]:
 
 
 def sigma_sequence(config: DiffusionConfig, steps: int, spacing: SigmaSpacing) -> tuple[Tensor, Tensor]:
-    """t fp64 [S] and sigma fp64 [S], decreasing, as in diffusers: under linspace t is a fraction and sigma interpolated."""
+    """t fp64 [S] and sigma fp64 [S], decreasing, as in diffusers: linspace has fractional t and interpolates sigma."""
     if spacing == "karras":
         return karras_sigmas(config, steps)
     sigmas = sigma_table(config)

@@ -9,6 +9,7 @@ Legend: N batch, C channels, H W image size, F features, K classes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -62,7 +63,7 @@ class Classifier(nn.Module):
         self.config = config
         widths = [config.in_channels, *config.channels]
         self.stages = nn.ModuleList()
-        for i, (inputs, outputs) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+        for i, (inputs, outputs) in enumerate(pairwise(widths)):
             self.stages.append(ConvNormAct(inputs, outputs, config.num_groups, stride=1 if i == 0 else 2))
             self.stages.append(ConvNormAct(outputs, outputs, config.num_groups, stride=1))
         self.hidden = nn.Linear(widths[-1], config.features)

@@ -31,7 +31,7 @@ class DDPMRecipe:
             .network(
                 network,
                 DiffusionConfig(schedule="cosine", prediction="v"),
-                SamplingDefaults(sampler="ddim", steps=30, guidance=2.0),
+                SamplingDefaults(sampler="ddim", steps=30, guidance=1.5),
             )
             .to(device=device, memory_format=torch.channels_last)
         )
