@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor, nn
 
 from fastgen import ops
 from fastgen.errors import UsageError
 from fastgen.images import Samples
 from fastgen.ops.philox import Stream
+from fastgen.recipe import UNREADABLE
 
 LOWEST, HIGHEST = -(2**63), 2**63 - 1
 STRENGTH = 0.8  # diffusers' default
@@ -26,22 +27,35 @@ def seeds_of(seed: int | Sequence[int] | Tensor, n: int | None) -> Tensor:
     """The seed of each image, int64 [n]: seed, seed + 1, … for a number, the sequence itself otherwise."""
     if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
         raise UsageError(f"n: must be a whole number of at least 1, not {n!r}")
+    given, seed = seed, _plain(seed)
     if isinstance(seed, int) and not isinstance(seed, bool):
         n = 1 if n is None else n
         if not LOWEST <= seed <= HIGHEST - (n - 1):
             raise UsageError(f"seed: must be a whole number that fits in 64 bits with n added, not {seed!r}")
         return torch.arange(n, dtype=torch.int64) + seed
-    wrong = f"seed: must be a whole number that fits in 64 bits, or a sequence of such, not {seed!r}"
     try:
-        numbers = seed.tolist() if isinstance(seed, Tensor | np.ndarray) else list(seed)
+        numbers = [_plain(s) for s in seed]
     except TypeError:
-        raise UsageError(wrong) from None
+        numbers = []
     whole = [isinstance(s, int) and not isinstance(s, bool) and LOWEST <= s <= HIGHEST for s in numbers]
-    if isinstance(seed, str) or not numbers or not all(whole):
-        raise UsageError(wrong)
+    if isinstance(seed, str | bytes) or not numbers or not all(whole):
+        raise UsageError(
+            f"seed: must be a whole number that fits in 64 bits, or a sequence of such, not {_shown(given)}"
+        )
     if n not in (None, len(numbers)):
         raise UsageError(f"seed: {len(numbers)} were given for {n} images; give one number, or one for each image")
     return torch.tensor(numbers, dtype=torch.int64)
+
+
+def _plain(value: Any) -> Any:
+    """Numbers and lists of Python instead of those of torch and NumPy."""
+    return value.tolist() if isinstance(value, Tensor | np.ndarray | np.generic) else value
+
+
+def _shown(value: Any) -> str:
+    """A value in a message: short, and on one line."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:79]}…"
 
 
 def labels_of(network: nn.Module, labels: int | Sequence[int] | Tensor | None, seeds: Tensor) -> Tensor | None:
@@ -58,7 +72,7 @@ def labels_of(network: nn.Module, labels: int | Sequence[int] | Tensor | None, s
     except (TypeError, ValueError, RuntimeError):
         chosen = torch.empty(0, 0)
     if chosen.ndim > 1 or chosen.is_floating_point() or chosen.dtype == torch.bool:
-        raise UsageError(f"labels: must be a class or a sequence of classes, not {labels!r}")
+        raise UsageError(f"labels: must be a class or a sequence of classes, not {_shown(labels)}")
     chosen = chosen.long().cpu()
     chosen = chosen.expand(len(seeds)).clone() if chosen.ndim == 0 else chosen
     if len(chosen) != len(seeds):
@@ -91,8 +105,10 @@ def check_guidance(
 ) -> tuple[float, tuple[float, float], float]:
     """Scale, interval and rescale, completed; without guidance where the model has no classes."""
     if network.config.num_classes is None:
-        if (scale is not None and scale != 1) or interval is not None or rescale is not None:
-            raise UsageError("guidance: this model is unconditional, so there is nothing to guide to; leave it out")
+        given = {"guidance": None if scale == 1 else scale, "guidance_interval": interval, "guidance_rescale": rescale}
+        for name, value in given.items():
+            if value is not None:
+                raise UsageError(f"{name}: this model is unconditional, so there is nothing to guide to; leave it out")
         return 1.0, (0.0, 1.0), 0.0
     scale = network.sampling.guidance if scale is None else scale
     if not _is_number(scale) or not 0 <= scale < float("inf"):
@@ -136,12 +152,14 @@ def start_images(network: nn.Module, image: StartImage | None, n: int) -> Tensor
     if isinstance(image, str | Path):
         image = _open(image)
     if isinstance(image, Image.Image):
+        if image.mode[0] in "IF":  # which Pillow would cut off at 255
+            raise UsageError(f"image: must have 8 bits a channel, not mode {image.mode}; convert it first")
         pixels = np.array(image.convert({1: "L", 3: "RGB"}.get(wanted[0], image.mode)))
         image = torch.from_numpy(pixels).reshape(*pixels.shape[:2], -1).permute(2, 0, 1)
     if isinstance(image, Samples):
         image = image.images
     if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.ndim not in (3, 4):
-        found = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else repr(image)
+        found = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else _shown(image)
         raise UsageError(f"image: must be a picture, a file of one, or uint8 [C, H, W] or [n, C, H, W], not {found}")
     image = image[None] if image.ndim == 3 else image
     if tuple(image.shape[1:]) != wanted:
@@ -159,5 +177,5 @@ def _open(path: str | Path) -> Image.Image:
             return opened.copy()
     except FileNotFoundError:
         raise UsageError(f"image: there is no file {path}") from None
-    except (UnidentifiedImageError, OSError) as error:
+    except UNREADABLE as error:
         raise UsageError(f"image: {path} cannot be read as a picture ({error})") from None

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -74,13 +76,13 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         for file in [*work.iterdir(), work]:
             _fsync(file)
         old = path.with_name(f".{path.name}-old")
-        if path.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            path.rename(old)
         try:
+            if path.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                path.rename(old)
             work.rename(path)
-        except OSError:
-            if old.exists():
+        except BaseException:
+            if old.exists() and not path.exists():
                 old.rename(path)
             raise
         _fsync(path.parent)
@@ -149,7 +151,11 @@ def write_checkpoint(
     }
     files = {"model.safetensors": weights if weights is not None else model.state_dict(), **(extra_files or {})}
     for name, tensors in files.items():
-        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, directory / name)
+        try:
+            save_file({k: v.detach().contiguous() for k, v in tensors.items()}, directory / name)
+        except SafetensorError as error:
+            code = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(code[1]) if code else errno.EIO, str(error), str(directory / name)) from None
         (directory / name).chmod(0o666 & ~umask())
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     manifest = {name: sha256(directory / name) for name in sorted([*files, "config.json"])}
@@ -261,6 +267,8 @@ def _damage(file: Path) -> str:
         entries = json.loads(header)
         expected = 8 + length + max(entry["data_offsets"][1] for name, entry in entries.items() if name[:2] != "__")
     except (ValueError, TypeError, KeyError, AttributeError):
+        if header.startswith(b'{"'):
+            return changed
         return f"is {'truncated to nothing' if size < 8 else 'foreign: it is not a safetensors file'}"
     if size < expected:
         return f"is truncated: {size} of {expected} bytes are there"

@@ -22,6 +22,7 @@ app = typer.Typer(
     no_args_is_help=True,
     help="Image generators in PyTorch on fused kernels: sample, replay, evaluate, train, and see what runs here.",
 )
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # torch has no exception of its own
 _BadUsage = typer.BadParameter.__mro__[2]  # click's ClickException, wherever this typer keeps click
 
 
@@ -46,7 +47,9 @@ def main() -> None:
         _fail(f"no room left on the disk: {error}" if full else str(error), 2 if full else 1)
     except (FloatingPointError, ImportError) as error:
         _fail(str(error), 1)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
+            _fail("memory ran out; give a smaller --batch-size, or fewer images", 2)
         if type(error).__name__ != "BackendError":
             raise
         _fail(str(error), 2)

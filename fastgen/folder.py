@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import nn
 
 from fastgen.errors import UsageError
-from fastgen.recipe import CHUNK, Recipe, read_recipe
+from fastgen.recipe import CHUNK, UNREADABLE, Recipe, read_recipe
 from fastgen.sampling import Job, prepare, run
 
 # What decides an image. The name of the model, the batch, the backend and the machine are not among it.
@@ -76,15 +76,22 @@ def _finished(file: Path, job: Job, i: int) -> bool:
     try:
         with Image.open(file) as opened:
             foreign = CHUNK not in opened.info
-    except (UnidentifiedImageError, OSError):
+    except UNREADABLE:
         foreign = True
     if foreign:
         raise UsageError(f"output: {file} is in the way and was not written by fastgen; give another folder")
-    found = read_recipe(file)[1]
+    try:
+        found = read_recipe(file)[1]
+    except UsageError as error:
+        raise UsageError(f"output: {str(error).partition(': ')[2]}; delete it, or give another folder") from None
     expected = job.recipe_of([i])
     differing = [name for name in DECISIVE if _plain(found, name) != _plain(expected, name)]
     if differing:
-        there = "; ".join(f"{name} {_plain(found, name)!r} there, {_plain(expected, name)!r} now" for name in differing)
+        there = "; ".join(
+            "another start image" if name == "images"
+            else f"{name} {_plain(found, name)!r} there, {_plain(expected, name)!r} now"
+            for name in differing
+        )  # fmt: skip
         raise UsageError(f"output: {file} was made with other settings ({there}); give another folder")
     return True
 

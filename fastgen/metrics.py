@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgen.arguments import check_module
-from fastgen.backends import default_device
+from fastgen.backends import check_device, default_device
 from fastgen.checkpoint import load
 from fastgen.diffusion.samplers import Sampler
 from fastgen.errors import UsageError
@@ -203,6 +203,7 @@ def evaluate(
     """
     if isinstance(n, bool) or not isinstance(n, int) or n < 50:
         raise UsageError(f"n: must be a whole number of at least 50, not {n!r}")
+    check_device(device)
     network = load(model, device=device or default_device())
     check_module(network)
     config = network.config

@@ -14,7 +14,7 @@ from torch import nn
 from fastgen.diffusion.samplers import Sampler, get_sampler
 from fastgen.errors import UsageError
 from fastgen.images import Samples
-from fastgen.recipe import Recipe, decode_picture, read_recipe
+from fastgen.recipe import UNREADABLE, Recipe, decode_picture, read_recipe
 from fastgen.sampling import sample
 
 
@@ -94,8 +94,11 @@ def _arguments(recipe: Recipe, path: str | Path, model: Any, sampler: Sampler | 
         raise UsageError(f"model: {path} was made from a module without a name; give the model")
     image = None
     if recipe.images:
-        pixels = [np.asarray(decode_picture(text)) for text in recipe.images]
-        image = torch.from_numpy(np.stack([p.reshape(*p.shape[:2], -1) for p in pixels])).permute(0, 3, 1, 2)
+        try:
+            pixels = [np.asarray(decode_picture(text)) for text in recipe.images]
+            image = torch.from_numpy(np.stack([p.reshape(*p.shape[:2], -1) for p in pixels])).permute(0, 3, 1, 2)
+        except UNREADABLE as error:
+            raise UsageError(f"path: the start image in the recipe of {path} is damaged ({error})") from None
     guided = recipe.labels is not None
     return {
         "model": recipe.model if model is None else model,
@@ -127,6 +130,8 @@ def _reasons(then: Recipe, now: Recipe) -> list[str]:
     found = []
     if then.sha256 != now.sha256:
         found.append(f"the weights differ (SHA-256 {then.sha256[:12]}… then, {now.sha256[:12]}… now)")
+    if (then.sampler, then.options) != (now.sampler, now.options):
+        found.append(f"sampler {then.sampler} {then.options} then, {now.sampler} {now.options} now")
     if then.backend != now.backend:
         found.append(f"backend {then.backend or 'auto'} then, {now.backend or 'auto'} now")
     for name in sorted(then.environment.keys() | now.environment.keys()):

@@ -120,6 +120,8 @@ class Job:
     def recipe_of(self, places: Sequence[int]) -> Recipe:
         """The recipe of the images at these places, computed together."""
         labels, start = self.labels, self.start
+        if start is not None and start.shape[1] not in (1, 3):
+            start = None  # such images are no pictures, and no PNG will ask for the recipe
         if start is not None and len(start) > 1:
             start = start[list(places)]
         return replace(

@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
+import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 import fastgen
 from fastgen import checkpoint
-from fastgen.checkpoint import atomic_directory, checkpoints_of, describe_models, resolve, shipped_models, verify
+from fastgen.checkpoint import (
+    atomic_directory,
+    checkpoints_of,
+    describe_models,
+    fingerprint,
+    resolve,
+    shipped_models,
+    verify,
+)
 from fastgen.diffusion.samplers import SamplingDefaults
 from fastgen.diffusion.schedules import DiffusionConfig
+from fastgen.models.classifier import PRESETS as CLASSIFIERS
+from fastgen.models.classifier import Classifier
 from fastgen.models.unet import PRESETS, UNet
 
 FILES = ["config.json", "manifest.json", "model.safetensors"]
@@ -47,12 +63,13 @@ def remake_manifest(folder: Path) -> None:
     (folder / "manifest.json").write_text(json.dumps({name: checkpoint.sha256(folder / name) for name in names}))
 
 
-def refused(folder: Path | str, words: str) -> None:
+def refused(folder: Path | str, words: str) -> str:
     """One line that begins with the argument and holds ``words``."""
     with pytest.raises(fastgen.UsageError) as caught:
         fastgen.load(folder)
     message = str(caught.value)
     assert message.startswith("model: ") and words in message and "\n" not in message, message
+    return message
 
 
 def test_roundtrip(model: UNet, saved: Path) -> None:
@@ -118,6 +135,48 @@ def test_a_failure_keeps_the_old(model: UNet, saved: Path, monkeypatch: pytest.M
     assert os.listdir(saved.parent) == [saved.name]
 
 
+def test_an_interrupted_save_keeps_the_old(model: UNet, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C at any file that is written, synced or moved leaves the whole of one checkpoint, and nothing beside it."""
+    old = {name: (saved / name).read_bytes() for name in FILES}
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    calls: list[str] = []
+    stop = -1
+
+    def counted(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls.append(name)
+            if len(calls) - 1 == stop:
+                raise KeyboardInterrupt
+            return real(*args, **kwargs)
+
+        return call
+
+    for holder, name in ((checkpoint, "save_file"), (checkpoint, "_fsync"), (Path, "write_text"), (Path, "rename")):
+        monkeypatch.setattr(holder, name, counted(name, getattr(holder, name)))
+    steps = ["save_file", *["write_text"] * 2, *["_fsync"] * 4, "rename", "rename"]
+    for stop in range(len(steps)):
+        calls.clear()
+        with pytest.raises(KeyboardInterrupt):
+            fastgen.save(model, saved)
+        back = ["rename"] if stop == len(steps) - 1 else []  # the old one had been moved out of the way
+        assert calls == steps[: stop + 1] + back and {name: (saved / name).read_bytes() for name in FILES} == old
+        assert os.listdir(saved.parent) == [saved.name]
+
+
+def test_a_full_disk_is_an_error_of_the_system(model: UNet, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """safetensors has an exception of its own for it; the command line knows a full disk by its number."""
+
+    def full(*args: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        fastgen.save(model, saved)
+    assert caught.value.errno == errno.ENOSPC and os.listdir(saved.parent) == [saved.name]
+    fastgen.load(saved)
+
+
 def test_a_failing_rename_keeps_the_old(model: UNet, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = Path.rename
 
@@ -145,20 +204,65 @@ def test_replaces_the_old(model: UNet, saved: Path) -> None:
 # Damage
 
 
-def test_bit_flipped(saved: Path) -> None:
-    file = saved / "model.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-5] ^= 1
-    file.write_bytes(content)
-    refused(saved, "model.safetensors differs from its SHA-256")
+CHANGED = "differs from its SHA-256 in manifest.json: it was edited, or bits of it flipped"
+# What was done to model.safetensors, of the size `n` with a header that ends at `h`, and what is said of it.
+DAMAGE: dict[str, tuple[Callable[[bytes, int], bytes], str]] = {
+    "emptied": (lambda b, h: b"", "is truncated to nothing"),
+    "cut in the length": (lambda b, h: b[:7], "is truncated to nothing"),
+    "cut in the header": (lambda b, h: b[: h // 2], "is truncated: {size} bytes, fewer than its own header has"),
+    "cut after the header": (lambda b, h: b[:h], "is truncated: {size} of {n} bytes are there"),
+    "cut in the data": (lambda b, h: b[: (h + len(b)) // 2], "is truncated: {size} of {n} bytes are there"),
+    "cut by one byte": (lambda b, h: b[:-1], "is truncated: {size} of {n} bytes are there"),
+    "a bit of the data": (lambda b, h: flipped(b, len(b) - 5, 0), CHANGED),
+    "a bit of a name": (lambda b, h: flipped(b, b.index(b"conv_in"), 1), CHANGED),
+    "a bit of a quotation mark": (lambda b, h: flipped(b, b.index(b'":{"dtype"'), 4), CHANGED),
+    "a bit that is no UTF-8": (lambda b, h: flipped(b, b.index(b"conv_in"), 7), CHANGED),
+    "another of the same size": (lambda b, h: b[:h] + bytes(len(b) - h), CHANGED),
+    "foreign": (lambda b, h: b"PK\x03\x04" + bytes(range(256)) * 9, "is foreign: it is not a safetensors file"),
+    "text": (lambda b, h: b"Not Found, and so we have a page of HTML", "is foreign: it is not a safetensors file"),
+    "a pickle": (lambda b, h: pickle.dumps({"weights": [1.0] * 99}), "is foreign: it is not a safetensors file"),
+    "empty JSON": (lambda b, h: (2).to_bytes(8, "little") + b"{}", "is foreign: it is not a safetensors file"),
+    "a byte more": (lambda b, h: b + b"x", "is too long: {size} bytes instead of {n}"),
+    "twice": (lambda b, h: b + b, "is too long: {size} bytes instead of {n}"),
+}
 
 
-def test_truncated(saved: Path) -> None:
+def flipped(content: bytes, place: int, bit: int) -> bytes:
+    changed = bytearray(content)
+    changed[place] ^= 1 << bit
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_weights(saved: Path, kind: str) -> None:
+    """Cut off, changed in place, another file, too long: each says so, and what to do."""
+    file, (damage, words) = saved / "model.safetensors", DAMAGE[kind]
+    content = file.read_bytes()
+    damaged = damage(content, 8 + int.from_bytes(content[:8], "little"))
+    file.write_bytes(damaged)
+    message = refused(saved, f"{file} {words.format(size=len(damaged), n=len(content))}; copy the whole folder again")
+    assert sum(word in message for word in ("truncated", "bits of it flipped", "foreign", "too long")) == 1
+
+
+def test_truncated_with_its_manifest(saved: Path) -> None:
     file = saved / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    refused(saved, "model.safetensors differs from its SHA-256")
     remake_manifest(saved)
     refused(saved, "is not a whole safetensors file")
+
+
+def test_a_bit_of_the_configuration(saved: Path) -> None:
+    file = saved / "config.json"
+    content = file.read_bytes()
+    file.write_bytes(flipped(content, content.index(b"custom"), 0))
+    refused(saved, f"{file} {CHANGED}; copy the whole folder again")
+
+
+def test_half_a_hash_is_none(saved: Path) -> None:
+    manifest = json.loads((saved / "manifest.json").read_text())
+    manifest["model.safetensors"] = manifest["model.safetensors"][:-1]
+    (saved / "manifest.json").write_text(json.dumps(manifest))
+    refused(saved, f"model.safetensors {CHANGED}")
 
 
 def test_edited_config(saved: Path) -> None:
@@ -169,7 +273,12 @@ def test_edited_config(saved: Path) -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_missing_file(saved: Path, name: str) -> None:
     (saved / name).unlink()
-    refused(saved, "no config.json" if name == "config.json" else f"{name} is missing")
+    words = {
+        "config.json": "holds no checkpoint (no config.json and no step-* folder in it)",
+        "manifest.json": f"{saved / name} is missing",
+        "model.safetensors": f"{saved / name} is missing, though the manifest lists it; copy the whole folder again",
+    }
+    refused(saved, words[name])
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[1, 2]", b"null"])
@@ -192,6 +301,83 @@ def test_manifest_that_leaves_the_weights_out(saved: Path) -> None:
     refused(saved, "manifest")
 
 
+# Fingerprint and source
+
+
+def test_fingerprint_is_of_the_weights_alone(model: UNet, saved: Path, tmp_path: Path) -> None:
+    """Not of the file, the preset, the defaults, the memory layout or the mode."""
+    expected = fingerprint(model)
+    assert re.fullmatch("[0-9a-f]{64}", expected) and fingerprint(model.train()) == expected
+    assert fingerprint(fastgen.load(saved)) == expected
+    other = UNet(model.config, DiffusionConfig("linear", 50), SamplingDefaults("ddim", 9))
+    other.load_state_dict(model.state_dict())
+    assert fingerprint(other.to(memory_format=torch.channels_last).requires_grad_(False)) == expected
+    fastgen.save(model, tmp_path / "again", preset="other")
+    assert fingerprint(fastgen.load(tmp_path / "again")) == expected
+    assert (tmp_path / "again" / "config.json").read_bytes() != (saved / "config.json").read_bytes()
+
+
+def test_fingerprint_of_every_weight(model: UNet) -> None:
+    """The last bit of any weight changes it."""
+    seen = {fingerprint(model)}
+    for p in model.parameters():
+        bits = p.data.view(torch.int32).flatten()
+        bits[-1] ^= 1
+        seen.add(fingerprint(model))
+        bits[-1] ^= 1
+    assert len(seen) == 1 + len(list(model.parameters())) and fingerprint(model) in seen
+
+
+def test_fingerprint_of_names_shapes_and_dtypes() -> None:
+    """The same bytes under other names, in other shapes or of other dtypes are other weights; their order is none."""
+
+    class Named(nn.Module):
+        def __init__(self, **tensors: Tensor) -> None:
+            super().__init__()
+            for name, tensor in tensors.items():
+                self.register_buffer(name, tensor)
+
+    a, b = torch.arange(6, dtype=torch.float32).reshape(2, 3), torch.zeros(())
+    others = [
+        Named(a=a, b=b), Named(a=a, c=b), Named(a=b, b=a), Named(a=a.T.contiguous(), b=b), Named(a=a.flatten(), b=b),
+        Named(a=a.view(torch.int32), b=b), Named(a=a.double(), b=b), Named(a=a.bfloat16(), b=b), Named(a=a),
+        Named(a=a, b=b, c=torch.zeros(0)), Named(),
+    ]  # fmt: skip
+    assert len({fingerprint(model) for model in others}) == len(others)
+    assert fingerprint(Named(b=b, a=a)) == fingerprint(Named(a=a.T.contiguous().T, b=b)) == fingerprint(others[0])
+
+
+def test_source(model: UNet, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a recipe names: the shipped name, or the folder of the weights themselves."""
+    assert not hasattr(model, "source")
+    assert fastgen.load("digits-classifier").source == "digits-classifier"
+    assert fastgen.load(saved).source == str(saved)
+    monkeypatch.chdir(tmp_path)
+    assert fastgen.load("model").source == "model"
+    step = Path("run", f"{checkpoint.STEP_PREFIX}00000007")
+    fastgen.save(model, step)
+    assert fastgen.load("run").source == str(step), "of a run the checkpoint, for its newest will be another"
+    assert fastgen.load(fastgen.load("run").source).source == str(step)
+
+
+def test_a_classifier_comes_back(tmp_path: Path) -> None:
+    """A family without sampling: its configuration has neither diffusion nor defaults."""
+    torch.manual_seed(0)
+    model = Classifier(replace(CLASSIFIERS["digits-tiny"], num_classes=7)).eval()
+    fastgen.save(model, tmp_path / "classifier", family="classifier", preset="mine")
+    config = json.loads((tmp_path / "classifier" / "config.json").read_text())
+    assert (config["family"], config["preset"]) == ("classifier", "mine")
+    assert not {"diffusion", "sampling"} & config.keys()
+    again = fastgen.load(tmp_path / "classifier")
+    assert isinstance(again, Classifier) and again.config == model.config and not again.training
+    assert fingerprint(again) == fingerprint(model)
+    x = torch.randn(2, 1, 28, 28)
+    with torch.no_grad():
+        torch.testing.assert_close(again(x), model(x), rtol=1e-5, atol=1e-6)
+    edit_config(tmp_path / "classifier", config={"channels": [8, 12]})
+    refused(tmp_path / "classifier", "channels [12] are not divisible by num_groups=8")
+
+
 # Foreign
 
 
@@ -203,7 +389,7 @@ def test_foreign_config(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["transformer", None, 3, ["unet"]])
 def test_wrong_family(saved: Path, family: object) -> None:
     edit_config(saved, family=family)
-    refused(saved, "known: unet")
+    refused(saved, "known: unet, classifier")
 
 
 @pytest.mark.parametrize(
@@ -290,8 +476,23 @@ def test_unknown_name_gives_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_file_and_an_empty_folder(tmp_path: Path) -> None:
     refused(tmp_path, "holds no checkpoint")
-    (tmp_path / "weights.pt").write_bytes(b"x")
-    refused(tmp_path / "weights.pt", "is a file; a checkpoint is a folder")
+    (tmp_path / "weights.safetensors").write_bytes(b"x")
+    refused(tmp_path / "weights.safetensors", "is a file; a checkpoint is a folder")
+
+
+@pytest.mark.parametrize("ending", sorted(checkpoint.PICKLES))
+def test_pickles_by_their_names(tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file, and a folder with nothing else: refused by name, never opened."""
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "weights" / f"model{ending}"
+    file.parent.mkdir()
+    file.write_bytes(pickle.dumps(Bomb()))
+    refused(file, f"{file} is a pickle, which is never read, since a pickle can run code; save it again as safetensors")
+    refused(file.parent, "weights holds pickled weights only, which is never read")
+    (file.parent / "config.json").write_text("{}")
+    refused(file.parent, "is not a fastgen checkpoint")
+    refused(tmp_path / f"missing{ending}", "no model or folder named")
+    assert os.listdir(tmp_path) == ["weights"]
 
 
 def test_a_run_stands_for_its_newest_whole_checkpoint(model: UNet, tmp_path: Path) -> None:

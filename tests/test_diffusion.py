@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 import sys
+from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -59,8 +61,16 @@ class Widened:
         return getattr(self.module, "float64" if name == "float32" else name)
 
 
-@pytest.fixture
-def diffusers_in_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Thousands of operations on tables of a thousand entries: to wake a second thread takes longer than they do."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def widen_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
     """The code of diffusers' schedulers in fp64, tables and steps: from a large sigma, fp32 cancels too much."""
     for name in ("DDIM", "EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "DPMSolverMultistep"):
         module = sys.modules[getattr(diffusers, f"{name}Scheduler").__module__]
@@ -117,8 +127,9 @@ def test_forward_table(schedule: str) -> None:
 
 
 @pytest.mark.parametrize("schedule", SCHEDULE_NAMES)
-def test_zero_terminal_snr_is_that_of_diffusers(schedule: str, diffusers_in_fp64: None) -> None:
-    """diffusers' classes of sigma space put 2^-24 for the last abar; ours is 0, and their stand-in is in sigma's table."""
+def test_zero_terminal_snr_is_that_of_diffusers(schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """diffusers' classes of sigma space put 2^-24 for the last abar; ours is 0, but sigma's table has that stand-in."""
+    widen_diffusers(monkeypatch)
     config = DiffusionConfig(schedule, prediction="v", clip=None, zero_terminal_snr=True)
     abar = alphas_cumprod(config)
     for kind in (diffusers.DDIMScheduler, diffusers.EulerDiscreteScheduler, diffusers.DPMSolverMultistepScheduler):
@@ -293,10 +304,14 @@ def test_karras_in_closed_form(schedule: str, zero: bool) -> None:
     table = sigma_table(config).tolist()
     for steps in (1, 2, 10, 1000):
         t, sigma = (x.tolist() for x in karras_sigmas(config, steps))
-        assert len(t) == len(sigma) == steps and t[0] == pytest.approx(999) and sigma[0] == pytest.approx(table[-1], rel=1e-12)
+        assert (
+            len(t) == len(sigma) == steps
+            and t[0] == pytest.approx(999)
+            and sigma[0] == pytest.approx(table[-1], rel=1e-12)
+        )
         if steps > 1:
             assert t[-1] == pytest.approx(0, abs=1e-9) and sigma[-1] == pytest.approx(table[0], rel=1e-12)
-        assert all(0 <= b < a <= 999 for a, b in zip(t, t[1:], strict=False))
+        assert all(0 <= b < a <= 999 for a, b in itertools.pairwise(t))
         for i, (level, time) in enumerate(zip(sigma, t, strict=True)):
             share = i / max(1, steps - 1)
             root = (1 - share) * table[-1] ** (1 / 7) + share * table[0] ** (1 / 7)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -16,6 +17,7 @@ import fastgen
 from fastgen.checkpoint import DIFFUSERS_LEGACY_KEYS
 from fastgen.diffusion.schedules import DiffusionConfig
 from fastgen.models import FAMILIES
+from fastgen.models.classifier import Classifier, ClassifierConfig
 from fastgen.models.unet import PRESETS, UNet, UNetConfig, timestep_embedding
 
 # Family, preset, parameters. Adding a model: one row.
@@ -23,7 +25,10 @@ MODELS = [
     ("unet", "tiny", 178_209),
     ("unet", "mnist", 1_217_732),
     ("unet", "cifar10", 35_746_307),
+    ("classifier", "digits", 295_786),
+    ("classifier", "digits-tiny", 4_642),
 ]
+SMALL_MODELS = [m[:2] for m in MODELS if m[2] < 10_000_000]
 
 # google/ddpm-cifar10-32, as it is on the hub. `small` keeps everything but the widths.
 GOOGLE: dict[str, Any] = {
@@ -51,10 +56,12 @@ def build(family: str, preset: str) -> nn.Module:
     return FAMILIES[family].network(FAMILIES[family].presets[preset]).eval()
 
 
-def inputs(model: nn.Module, n: int = 2) -> tuple[Tensor, Tensor, Tensor | None]:
-    """x [n, C, H, W], t [n] and labels [n], the last the null class."""
+def inputs(model: nn.Module, n: int = 2) -> tuple[Tensor, ...]:
+    """x [n, C, H, W] and, for a generator, t [n] and labels [n] or None, the last the null class."""
     c, generator = model.config, torch.Generator().manual_seed(1)
     x = torch.randn(n, c.in_channels, c.image_size, c.image_size, generator=generator)
+    if isinstance(model, Classifier):
+        return (x,)
     labels = None if c.num_classes is None else torch.arange(c.num_classes, c.num_classes - n, -1)
     return x, torch.arange(n) * 400 + 17, labels
 
@@ -71,38 +78,39 @@ def test_every_preset_has_its_row() -> None:
 def test_model(family: str, preset: str, parameters: int) -> None:
     model = build(family, preset)
     assert sum(p.numel() for p in model.parameters()) == parameters
-    x, t, labels = inputs(model, 1 if parameters > 10_000_000 else 2)
-    y = model(x, t, labels)
-    assert y.shape == (len(x), model.config.out_channels, *x.shape[2:]) and y.dtype == torch.float32
+    x, *rest = inputs(model, 1 if parameters > 10_000_000 else 2)
+    y = model(x, *rest)
+    shape = [model.config.out_channels, *x.shape[2:]] if FAMILIES[family].samples else [model.config.num_classes]
+    assert list(y.shape) == [len(x), *shape] and y.dtype == torch.float32
     assert torch.isfinite(y).all() and y.std() > 1e-3
     y.square().mean().backward()
     dead = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
     assert not dead, f"no gradient reaches {dead}"
     if len(x) > 1:
         with torch.no_grad():
-            assert torch.equal(model(x, t, labels), y), "not deterministic"
+            assert torch.equal(model(x, *rest), y), "not deterministic"
 
 
-@pytest.mark.parametrize(("family", "preset"), [m[:2] for m in MODELS[:2]])
+@pytest.mark.parametrize(("family", "preset"), SMALL_MODELS)
 def test_layouts_agree(family: str, preset: str) -> None:
     model = build(family, preset)
-    x, t, labels = inputs(model)
+    x, *rest = inputs(model)
     with torch.no_grad():
-        expected = model(x, t, labels)
-        turned = model.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last), t, labels)
+        expected = model(x, *rest)
+        turned = model.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last), *rest)
     assert relative(turned, expected) < 1e-5
 
 
-@pytest.mark.parametrize(("family", "preset"), [m[:2] for m in MODELS[:2]])
+@pytest.mark.parametrize(("family", "preset"), SMALL_MODELS)
 def test_kernels_agree_with_reference(family: str, preset: str) -> None:
     """Output within 1e-4, each gradient within 1e-3 of plain PyTorch."""
     model = build(family, preset)
-    x, t, labels = inputs(model)
+    x, *rest = inputs(model)
     found = {}
     for backend in ("reference", "cpp"):
         model.zero_grad()
         with fastgen.use_backend(backend):
-            y = model(x.clone(), t, labels)
+            y = model(x.clone(), *rest)
             y.square().mean().backward()
         found[backend] = y.detach(), {k: p.grad.clone() for k, p in model.named_parameters()}
     assert relative(found["cpp"][0], found["reference"][0]) < 1e-4
@@ -112,11 +120,12 @@ def test_kernels_agree_with_reference(family: str, preset: str) -> None:
         assert relative(found["cpp"][1][name], expected) < 1e-3, name
 
 
-def test_one_image_does_not_depend_on_its_neighbours() -> None:
-    model = build("unet", "tiny")
-    x, t, labels = inputs(model, 3)
+@pytest.mark.parametrize(("family", "preset"), SMALL_MODELS)
+def test_one_image_does_not_depend_on_its_neighbours(family: str, preset: str) -> None:
+    model = build(family, preset)
+    given = inputs(model, 3)
     with torch.no_grad():
-        assert relative(model(x[1:2], t[1:2], labels[1:2]), model(x, t, labels)[1:2]) < 1e-5
+        assert relative(model(*(a[1:2] for a in given)), model(*given)[1:2]) < 1e-5
 
 
 def test_step_as_a_number_or_a_tensor() -> None:
@@ -216,6 +225,47 @@ def test_other_sizes_than_the_configured_one() -> None:
     model = build("unet", "tiny")
     with torch.no_grad():
         assert model(torch.randn(1, 1, 8, 24), 5).shape == (1, 1, 8, 24)
+
+
+# The classifier
+
+
+def test_classifier_is_its_formula() -> None:
+    """Written out in plain PyTorch: two convolutions a stage, the first of all but one stage of stride 2."""
+    model = build("classifier", "digits-tiny")
+    (x,) = inputs(model)
+    h = x
+    for i, stage in enumerate(model.stages):
+        h = F.conv2d(h, stage.conv.weight, stride=2 if i == 2 else 1, padding=1)
+        h = F.silu(F.group_norm(h, 8, stage.norm.weight, stage.norm.bias))
+    assert h.shape == (2, 16, 14, 14)
+    features = F.silu(F.linear(h.mean(dim=(2, 3)), model.hidden.weight, model.hidden.bias))
+    logits = F.linear(features, model.output.weight, model.output.bias)
+    with torch.no_grad():
+        assert relative(model.features(x), features) < 1e-5 and relative(model(x), logits) < 1e-5
+        assert torch.equal(model.classify(model.features(x)), model(x))
+
+
+def test_classifier_drops_out_in_training_only() -> None:
+    model = build("classifier", "digits-tiny")
+    (x,) = inputs(model)
+    with torch.no_grad():
+        assert torch.equal(model(x), model(x))
+        model.train()
+        assert not torch.equal(model(x), model(x)) and torch.equal(model.features(x), model.features(x))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 28, 28), (1, 28, 28), (2, 28, 28, 1)])
+def test_classifier_takes_images_only(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"^x must be \[N, 1, H, W\], not "):
+        build("classifier", "digits-tiny")(torch.zeros(shape))
+
+
+def test_classifier_config_is_frozen_and_checked() -> None:
+    config = ClassifierConfig(channels=[8, 16])
+    assert config.channels == (8, 16) and hash(config)
+    with pytest.raises(ValueError, match=r"channels \[12, 20\] are not divisible by num_groups=8"):
+        ClassifierConfig(channels=(8, 12, 16, 20))
 
 
 # diffusers

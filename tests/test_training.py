@@ -19,10 +19,13 @@ from torch import Tensor
 
 import fastgen
 from fastgen.checkpoint import checkpoints_of, verify
-from fastgen.training import ddpm
-from fastgen.training.data import load_dataset, random_affine
+from fastgen.models.classifier import Classifier
+from fastgen.models.unet import PRESETS
+from fastgen.training import classifier, data
+from fastgen.training.classifier import ClassifierRecipe
+from fastgen.training.data import load_dataset, load_images, random_affine
 from fastgen.training.ddpm import DDPMRecipe
-from fastgen.training.loop import TrainConfig, Trainer, start_or_resume
+from fastgen.training.loop import TrainConfig, Trainer, network_of, start_or_resume
 
 CONFIG = TrainConfig(preset="tiny", steps=12, batch_size=8, lr=2e-3, warmup=4, save_every=6, ema_decay=0.9)
 
@@ -47,7 +50,7 @@ def pictures(monkeypatch: pytest.MonkeyPatch) -> None:
             image[0, 2 * label + 2 : 2 * label + 8] = 255
         return images, labels
 
-    monkeypatch.setattr(ddpm, "load_dataset", bars)
+    monkeypatch.setattr(data, "load_dataset", bars)
 
 
 def train(
@@ -286,7 +289,117 @@ def test_every_step_draws_anew(tmp_path: Path) -> None:
     assert 0.05 < hidden < 0.17 and set(labels.tolist()) == set(range(11)), "one label in ten is hidden"
 
 
+# The classifier
+
+READER = replace(CONFIG, preset="digits-tiny", steps=100, batch_size=16, lr=3e-2, cooldown=60, save_every=200)
+
+
+def stripes(name: str, split: str = "train") -> tuple[Tensor, Tensor]:
+    """100 images that a classifier can tell apart wherever they are moved: stripes of a width, lying or standing."""
+    labels = torch.arange(100) % 10
+    images = torch.randint(40, (100, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for i, label in enumerate(labels.tolist()):
+        images[i, 0, torch.arange(28) // (label // 2 + 1) % 2 == 0] = 255
+        images[i] = images[i].mT.clone() if label % 2 else images[i]
+    return images, labels
+
+
+def accuracy(model: Classifier) -> float:
+    images, labels = stripes("stripes")
+    with torch.no_grad():
+        return (model.eval()(images.float() / 127.5 - 1).argmax(1) == labels).double().mean().item()
+
+
+def test_classifier_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "load_dataset", stripes)
+    recipe = ClassifierRecipe(READER)
+    assert accuracy(recipe.model) < 0.2
+    last = Trainer(recipe, READER, tmp_path).run(progress=False)
+    verify(last)
+    model = fastgen.load(tmp_path)
+    assert isinstance(model, Classifier) and accuracy(model) > 0.5
+    with pytest.raises(fastgen.UsageError, match=r"a generator .* is needed; this Classifier has no diffusion"):
+        fastgen.sample(tmp_path)
+
+
+def test_classifier_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    """Dropout and augmentation are of the step, as everything random is."""
+    config = replace(READER, steps=6, cooldown=0)
+    whole = Trainer(ClassifierRecipe(config), config, tmp_path / "whole").run(progress=False)
+    first = replace(config, steps=4)
+    Trainer(ClassifierRecipe(first), first, tmp_path / "parts").run(progress=False)
+    torch.manual_seed(99)
+    resumed = start_or_resume(ClassifierRecipe(config), config, tmp_path / "parts", "auto")
+    assert resumed.step == 4 and bits(resumed.run(progress=False)) == bits(whole)
+
+
+def test_classifier_loss_is_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cross-entropy with 0.95 + 0.005 on the right class and 0.005 on each other, over images that were all moved."""
+    recipe = ClassifierRecipe(READER)
+    recipe.model.eval()
+    seen: list[Tensor] = []
+    recipe.model.register_forward_hook(lambda _, args, out: seen.extend((args[0], out)))
+    moves: list[dict[str, float]] = []
+    monkeypatch.setattr(classifier, "random_affine", lambda x, **kwargs: (moves.append(kwargs), random_affine(x))[1])
+    torch.manual_seed(5)
+    loss = recipe.loss(0)
+    torch.manual_seed(5)
+    labels = recipe.labels[torch.randint(100, (16,))]
+    target = torch.full((16, 10), 0.005).scatter_(1, labels[:, None], 0.955)
+    expected = -(target * seen[1].log_softmax(1)).sum(1).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert moves == [{"degrees": 10, "scale": 0.1, "pixels": 2, "p": 1}] and len(seen[0]) == 16
+
+
+def test_a_run_goes_on_with_its_own_recipe_only(tmp_path: Path) -> None:
+    config = replace(READER, steps=1, cooldown=0)
+    Trainer(ClassifierRecipe(config), config, tmp_path).run(progress=False)
+    before = bits(checkpoints_of(tmp_path)[0])
+    with pytest.raises(fastgen.UsageError, match=r"^resume: .*other settings: preset 'digits-tiny' there, 'tiny' now"):
+        train(tmp_path, replace(CONFIG, steps=2), "auto")
+    assert bits(checkpoints_of(tmp_path)[0]) == before
+
+
+@pytest.mark.parametrize(
+    ("family", "preset", "words"),
+    [
+        ("classifier", "tiny", "unknown preset 'tiny'; choose one of digits, digits-tiny"),
+        ("classifier", "mnist", "unknown preset 'mnist'; choose one of digits, digits-tiny"),
+        ("unet", "digits", "unknown preset 'digits'; choose one of tiny, mnist, cifar10"),
+    ],
+)
+def test_a_preset_of_another_family(family: str, preset: str, words: str) -> None:
+    with pytest.raises(fastgen.UsageError, match=f"^preset: {words}$"):
+        network_of(family, replace(CONFIG, preset=preset))
+    with pytest.raises(fastgen.UsageError, match=f"^preset: {words}$"):
+        (ClassifierRecipe if family == "classifier" else DDPMRecipe)(replace(CONFIG, preset=preset))
+
+
 # Data
+
+
+def test_images_as_the_network_takes_them() -> None:
+    """In [-1, 1], and of its size."""
+    images, labels = data.load_dataset("bars")
+    x, given = load_images("bars", "digits-tiny", network_of("classifier", READER))
+    assert torch.equal(x, images.float() / 127.5 - 1) and x.max() == 1 and x.min() == -1 and torch.equal(given, labels)
+    small, _ = load_images("bars", "tiny", PRESETS["tiny"])
+    assert small.shape == (100, 1, 16, 16)
+    means = [(y.mean() + 1).item() for y in (x, small)]
+    assert means[1] == pytest.approx(means[0], rel=0.02), "resized, not cut"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"in_channels": 3}, "mine takes 3 channels, bars has 1"),
+        ({"num_classes": 9}, "mine has too few classes for bars"),
+        ({"num_classes": None}, "mine has too few classes for bars"),
+    ],
+)
+def test_a_network_that_does_not_fit_the_data(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(fastgen.UsageError, match=f"^preset: {words}$"):
+        load_images("bars", "mine", replace(PRESETS["tiny"], **change))
 
 
 def test_augmentation() -> None:
