@@ -197,13 +197,17 @@ def _denoise(job: Job, index: Tensor, device: torch.device, bar: tqdm) -> Tensor
     """x_0 [B, C, H, W] fp32 of the images at ``index``, each from its own noise, by the plan's rows."""
     network, plan, seeds = job.network, job.plan, job.seeds[index].to(device)
     labels = None if job.labels is None else job.labels[index].to(device)
+    guide = None
+    if job.guidance != 1:
+        null = torch.full_like(labels, network.config.num_classes)
+        guide = torch.tensor(job.guidance, device=device), torch.cat([null, labels])
     x, coefficients = _start(job, index, seeds), plan.coefficients.to(device)
     rows, timesteps = torch.arange(len(coefficients), device=device), plan.timesteps.to(device)
     keep = "x0" if plan.history or job.callback else None
     kept = None
     # tensors, so that nothing waits for the device
     for i, (row, t) in enumerate(zip(rows.unbind(), timesteps.unbind(), strict=True)):
-        model_out, scale = _predict(job, x, t, _guided(job, i), labels)
+        model_out, scale = _predict(job, x, t, labels, guide if _guided(job, i) else None)
         x_next, kept = ops.diffusion_step(
             x, model_out, coefficients, row, guidance=scale, clip=network.diffusion.clip,
             history=kept if plan.history else None, keep=keep, seeds=seeds if plan.noisy else None,
@@ -230,23 +234,28 @@ def _start(job: Job, index: Tensor, seeds: Tensor) -> Tensor:
 def _guided(job: Job, row: int) -> bool:
     """Whether guidance applies at a row: its timestep lies in the interval, a share of T - 1."""
     share = job.plan.timesteps[row].item() / max(1, job.network.diffusion.timesteps - 1)
-    return job.guidance != 1 and job.interval[0] <= share <= job.interval[1]
+    return job.interval[0] <= share <= job.interval[1]
 
 
-def _predict(job: Job, x: Tensor, t: Tensor, guided: bool, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The network's output and the guidance that `diffusion_step` still has to apply to it, or None."""
+def _predict(
+    job: Job, x: Tensor, t: Tensor, labels: Tensor | None, guide: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor | None]:
+    """The network's output, and the guidance that `diffusion_step` still has to apply to it, or None.
+
+    guide: the scale [] and the labels [2B] of a doubled batch, the null class first; None for a single one.
+    """
     network = job.network
     dtype = next(network.parameters()).dtype
-    if not guided:
+    if guide is None:
         return network(x.to(dtype), t, labels), None
-    null = torch.full_like(labels, network.config.num_classes)
-    both = network(torch.cat([x, x]).to(dtype), t, torch.cat([null, labels]))
+    scale, doubled = guide
+    both = network(torch.cat([x, x]).to(dtype), t, doubled)
     if not job.rescale:
-        return both, torch.tensor(job.guidance, device=x.device)
+        return both, scale
     uncond, cond = both.float().chunk(2)
-    guided_out = uncond + job.guidance * (cond - uncond)
-    deviation = cond.std(dim=(1, 2, 3), keepdim=True) / guided_out.std(dim=(1, 2, 3), keepdim=True)
-    return guided_out * (job.rescale * deviation + (1 - job.rescale)), None
+    guided = uncond + scale * (cond - uncond)
+    deviation = cond.std(dim=(1, 2, 3), keepdim=True) / guided.std(dim=(1, 2, 3), keepdim=True)
+    return guided * (job.rescale * deviation + (1 - job.rescale)), None
 
 
 def _network(model: str | Path | nn.Module, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Module:

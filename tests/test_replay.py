@@ -7,6 +7,7 @@ import io
 import json
 import pickle
 import shutil
+import zlib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -209,6 +210,15 @@ def test_recipes_longer_than_a_chunk(model: UNet, tmp_path: Path, monkeypatch: p
         assert read_recipe(tmp_path / "cut.png")[1] == recipe
 
 
+def test_a_recipe_behind_the_pixels(one: Path) -> None:
+    """Where some programs put the text that they found before them."""
+    picture, recipe = read_recipe(one)
+    info = PngInfo()
+    info.add(b"zTXt", CHUNK.encode() + b"\0\0" + zlib.compress(recipe.to_json().encode()), after_idat=True)
+    picture.save(one, pnginfo=info)
+    assert read_recipe(one)[1] == recipe
+
+
 # Which model and sampler
 
 
@@ -257,37 +267,43 @@ def test_a_sampler_of_ones_own(model: UNet, tmp_path: Path, sampler: Any) -> Non
 
 
 class Crowded(nn.Module):
-    """A network whose answer depends on the batch: on its size and on the place in it."""
+    """A network whose answer depends on the batch: on its size and on the place in it; not at all with ``much`` 0."""
 
-    def __init__(self) -> None:
+    def __init__(self, much: float = 0.05) -> None:
         super().__init__()
-        like = tiny(None)
+        like = tiny()
         self.config, self.diffusion, self.sampling = like.config, like.diffusion, like.sampling
-        self.weight = nn.Parameter(torch.zeros(1))
+        self.weight, self.much = nn.Parameter(torch.zeros(1)), much
         self.batches: list[int] = []
 
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         self.batches.append(len(x))
-        return 0.3 * x + 0.05 * len(x) + 0.1 * torch.arange(len(x))[:, None, None, None]
+        crowd = self.much * (len(x) + 2 * torch.arange(len(x)))
+        return 0.3 * x + (crowd + 0.02 * labels)[:, None, None, None]
 
 
 @pytest.mark.parametrize("arguments", [{}, {"image": torch.cat([STARTS, STARTS]), "strength": 0.5}])
 def test_an_image_that_only_its_batch_gives(tmp_path: Path, arguments: dict[str, Any]) -> None:
     """It is drawn alone first, then in as many and at the place where it was."""
     model = Crowded()
-    made = sample(model, 8, batch_size=3, steps=2, **arguments)
+    made = sample(model, 8, labels=[7, 0, 7, 1, 9, 2, 8, 3], batch_size=3, steps=2, **arguments)
     steps = len(model.batches) // 3
     for i, picture in enumerate(made):
         model.batches.clear()
         again = replay(picture.save(tmp_path / "a.png"), model=model)
         assert again.exact and model.batches == [1] * steps + [3 if i < 6 else 2] * steps
-        assert again.samples.seeds.tolist() == [i]
+        assert again.samples.seeds.tolist() == [i] and again.samples.labels.equal(picture.labels)
         assert replay(again.samples.save(tmp_path / "again.png"), model=model).exact
     assert replay(made.save(tmp_path / "grid.png"), model=model).exact
-    model.batches.clear()
-    file = edited(sample(model, 2, batch_size=1, steps=2, seed=1)[0].save(tmp_path / "alone.png"))
-    model.batches.clear()
-    assert not replay(file, model=model).exact and model.batches == [1] * 2, "once is enough for one drawn alone"
+
+
+def test_once_is_enough(tmp_path: Path) -> None:
+    """For an image that comes out the same alone, and for one that was drawn alone."""
+    for much, size, change in ((0.0, 3, lambda file: file), (0.05, 1, edited)):
+        model = Crowded(much)
+        file = change(sample(model, 3, batch_size=size, steps=2)[1].save(tmp_path / "a.png"))
+        model.batches.clear()
+        assert replay(file, model=model).exact == (change is not edited) and model.batches == [1, 1]
 
 
 # What differs

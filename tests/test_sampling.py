@@ -478,9 +478,11 @@ def test_mode_comes_back(training: bool) -> None:
     model.mid_block.train(not training)  # a part of its own mind, such as a frozen norm
     modes = {name: m.training for name, m in model.named_modules()}
     seen = []
-    model.register_forward_hook(lambda m, *_: seen.append(any(x.training for x in m.modules())))
+    model.register_forward_hook(
+        lambda m, *_: seen.extend([any(x.training for x in m.modules()), torch.is_grad_enabled()])
+    )
     sample(model, 1, steps=2)
-    assert seen == [False, False], "sampled in eval mode"
+    assert seen == [False, False] * 2, "sampled in eval mode and without gradients"
     assert {name: m.training for name, m in model.named_modules()} == modes
 
 
@@ -506,9 +508,9 @@ def test_module_is_not_changed() -> None:
 
 def test_results_are_ordinary_tensors(model: UNet) -> None:
     """Not inference tensors, which could not be used in training."""
-    made = sample(model, 1, steps=1)
-    for tensor in (made.images, made.seeds, made.labels):
-        assert not tensor.is_inference() and not tensor.requires_grad
+    for made in (sample(model, 1, steps=1), next(stream(model, 1, steps=1)), sample(model, image=GREYS, strength=0)):
+        for tensor in (made.images, made.seeds, made.labels):
+            assert not tensor.is_inference() and not tensor.requires_grad
 
 
 def test_bfloat16(model: UNet, folder: Path) -> None:
@@ -746,12 +748,13 @@ def full(error: Exception) -> Callable[..., Tensor]:
 @pytest.mark.parametrize(
     "answer",
     [
-        full(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")),
+        full(torch.OutOfMemoryError("Tried to allocate 2.00 GiB")),
+        full(RuntimeError("CUDA error: out of memory")),
         full(MemoryError()),
         full(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")),
         lambda x, t, labels: torch.empty(2**60, dtype=torch.uint8),
     ],
-    ids=["cuda", "python", "cpu", "real"],
+    ids=["torch", "cuda", "python", "cpu", "real"],
 )
 def test_out_of_memory(answer: Callable[..., Tensor]) -> None:
     network = Stub(answer).train()

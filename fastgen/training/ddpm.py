@@ -31,7 +31,7 @@ class DDPMRecipe:
             .network(
                 network,
                 DiffusionConfig(schedule="cosine", prediction="v"),
-                SamplingDefaults(sampler="ddim", steps=30, guidance=1.5),
+                SamplingDefaults(sampler="dpmpp_2m", steps=20, guidance=1.5),
             )
             .to(device=device, memory_format=torch.channels_last)
         )
