@@ -34,6 +34,15 @@ def two_threads() -> None:
     torch.set_num_threads(2)
 
 
+@pytest.fixture
+def one_thread():
+    """Networks and tables this small are faster on one: on a busy machine two mostly wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def filled_memory():
     """torch.empty gives NaN, and the largest value of an integer type: an output that was not written shows.

@@ -31,6 +31,8 @@ from fastgen.models.unet import PRESETS, UNet
 from fastgen.recipe import png_info, read_recipe
 from fastgen.training import data, loop
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 OPTIONS = {
     "sample": [
         "name", "-n", "--count", "-o", "--output", "--seed", "--labels", "--steps", "--sampler", "--spacing", "--eta",
@@ -58,15 +60,6 @@ class Result:
     code: int
     out: str
     err: str
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """A network this small is faster on one: two would mostly wait for one another."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

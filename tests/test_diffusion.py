@@ -6,7 +6,6 @@ import inspect
 import itertools
 import math
 import sys
-from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -28,7 +27,10 @@ from fastgen.diffusion.spacing import (
 from fastgen.errors import UsageError
 
 diffusers = pytest.importorskip("diffusers")
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in diffusers
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # in diffusers
+]
 
 SCHEDULE_NAMES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
 PREDICTION_NAMES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
@@ -59,15 +61,6 @@ class Widened:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.module, "float64" if name == "float32" else name)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Thousands of operations on tables of a thousand entries: to wake a second thread takes longer than they do."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def widen_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,8 @@ from fastgen.models import FAMILIES
 from fastgen.models.classifier import Classifier, ClassifierConfig
 from fastgen.models.unet import PRESETS, UNet, UNetConfig, timestep_embedding
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # Family, preset, parameters. Adding a model: one row.
 MODELS = [
     ("unet", "tiny", 178_209),
@@ -40,15 +42,6 @@ GOOGLE: dict[str, Any] = {
     "attention_head_dim": None, "act_fn": "silu", "mid_block_scale_factor": 1, "time_embedding_type": "positional",
 }  # fmt: skip
 SMALL = {**GOOGLE, "block_out_channels": (32, 64, 64, 64), "sample_size": 16}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """On busy machines two threads mostly wait for one another in networks this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def build(family: str, preset: str) -> nn.Module:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_diffusion import PREDICTION_NAMES, SCHEDULE_NAMES, one_thread, scheduler, widen_diffusers  # noqa: F401
+from test_diffusion import PREDICTION_NAMES, SCHEDULE_NAMES, scheduler, widen_diffusers
 from torch import Tensor
 
 from fastgen import ops
@@ -32,7 +32,10 @@ from fastgen.errors import UsageError
 from fastgen.ops.diffusion_step import diffusion_step_reference
 
 diffusers = pytest.importorskip("diffusers")
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in diffusers
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # in diffusers
+]
 
 SPACINGS = ("leading", "trailing", "linspace")
 DPM = {"solver_order": 2, "solver_type": "midpoint", "final_sigmas_type": "zero"}

@@ -32,6 +32,8 @@ from fastgen.models.unet import PRESETS, UNet
 from fastgen.ops.philox import Stream
 from fastgen.sampling import Samples, prepare, run, sample, stream
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # Of 40 digits, four of each class, at least this share must be read as the digit that was asked for.
 RECOGNISED = 0.85
 COSINE = DiffusionConfig("cosine", 100, prediction="v")
@@ -105,15 +107,6 @@ def folder(model: UNet, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("models") / "tiny"
     fastgen.save(model, path, preset="tiny")
     return path
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """A network this small is faster on one: two would mostly wait for one another."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -612,6 +605,8 @@ def test_an_image_for_each(floats: list[Tensor]) -> None:
     whole = sample(Stub(), 5, image=images, strength=0.5, sampler="ddpm")
     x = drain(floats)
     sample(Stub(), 5, image=images, strength=0.5, sampler="ddpm", batch_size=2)
+    assert torch.equal(drain(floats), x)
+    sample(Stub(), 5, image=Samples(images, torch.zeros(5)), strength=0.5, sampler="ddpm")
     assert torch.equal(drain(floats), x)
     for i in (3, 1):
         sample(Stub(), seed=[i], labels=whole.labels[i], image=images[i], strength=0.5, sampler="ddpm")

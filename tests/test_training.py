@@ -27,16 +27,9 @@ from fastgen.training.data import load_dataset, load_images, random_affine
 from fastgen.training.ddpm import DDPMRecipe
 from fastgen.training.loop import TrainConfig, Trainer, network_of, start_or_resume
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CONFIG = TrainConfig(preset="tiny", steps=12, batch_size=8, lr=2e-3, warmup=4, save_every=6, ema_decay=0.9)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """A network this small is faster on one: two would mostly wait for one another."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
