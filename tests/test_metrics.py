@@ -196,7 +196,7 @@ def test_three_neighbours_and_the_edge() -> None:
     """On a line of points one apart the third neighbour of the last is 3 away, and 3 away still counts."""
     line = torch.arange(8.0)[:, None]
     assert precision_recall(line, torch.tensor([[10.0], [10.1], [-3.0], [-3.1], [3.5]]))[0] == 3 / 5
-    edges = torch.tensor([[8.0], [8.1]])
+    edges = torch.tensor([[8.0], [8.1], [-1.0], [-1.1]])
     assert precision_recall(line, edges, 1)[0] == precision_recall(line + 2e4, edges + 2e4, 1)[0] == 1 / 2
 
 
