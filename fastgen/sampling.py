@@ -145,6 +145,8 @@ def prepare(
     seeds = seeds_of(seed, n)
     check_batch_size(batch_size)
     check_backend(backend)
+    if callback is not None and not callable(callback):
+        raise UsageError(f"callback: must be a function of (row, x_t, x0_hat), not {callback!r}")
     strength = check_strength(strength, image)
     network = _network(model, device, dtype)
     defaults, T = network.sampling, network.diffusion.timesteps

@@ -622,3 +622,9 @@ def test_a_description_has_the_samplers_name(name: str) -> None:
     described = describe_sampler(SAMPLERS[name])
     assert described["sampler"] == name
     assert described["options"] == {f.name: getattr(SAMPLERS[name], f.name) for f in fields(SAMPLERS[name])}
+
+
+def test_the_name_of_a_sampler_is_the_nearest() -> None:
+    """Of two names of one kind, that which agrees with more of its fields."""
+    assert describe_sampler(DPMSolverMultistep(sde=True, spacing="karras"))["sampler"] == "dpmpp_2m_sde"
+    assert describe_sampler(DPMSolverMultistep(spacing="leading"))["sampler"] == "dpmpp_2m"

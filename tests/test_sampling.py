@@ -842,6 +842,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"guidance_rescale": float("nan")}, "guidance_rescale: .*nan"),
     ({"guidance_rescale": "half"}, "guidance_rescale: .*half"),
     ({"guidance_rescale": True}, "guidance_rescale: .*True"),
+    ({"callback": 3}, "callback: must be a function of .*not 3"),
     ({"strength": 0.5}, "strength: goes with a start image"),
     ({"strength": -0.1, "image": GREYS}, "strength: .*not -0.1"),
     ({"strength": 1.1, "image": GREYS}, "strength: .*not 1.1"),

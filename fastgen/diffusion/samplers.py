@@ -310,8 +310,9 @@ def get_sampler(sampler: str | Sampler, **options: object) -> Sampler:
 
 def describe_sampler(sampler: Sampler) -> dict[str, object] | None:
     """A sampler's name and fields, from which `get_sampler` makes it again; None for a kind that is not in SAMPLERS."""
-    name = next((k for k, v in SAMPLERS.items() if v == sampler), None)
-    name = name or next((k for k, v in SAMPLERS.items() if type(v) is type(sampler)), None)
-    if name is None:
+    named = [k for k, v in SAMPLERS.items() if type(v) is type(sampler)]
+    if not named:
         return None
-    return {"sampler": name, "options": {f.name: getattr(sampler, f.name) for f in fields(sampler)}}
+    own = {f.name: getattr(sampler, f.name) for f in fields(sampler)}
+    nearest = max(named, key=lambda k: sum(getattr(SAMPLERS[k], field) == value for field, value in own.items()))
+    return {"sampler": nearest, "options": own}
