@@ -20,6 +20,7 @@ from typing import Any
 from benchmarks.record import hardware, slug, table_line, versions
 from fastgen.checkpoint import fingerprint, load
 from fastgen.diffusion.samplers import SAMPLERS, get_sampler
+from fastgen.errors import UsageError
 from fastgen.metrics import evaluate
 
 STEPS = [5, 10, 20, 50]
@@ -86,7 +87,8 @@ def main(argv: list[str] | None = None) -> None:
         else f"{now[:10]}-{slug(record['hardware']['cpu'])}-quality-{slug(Path(args.model).name)}"
     )
     if stem and (args.out / f"{stem}.json").exists():
-        record["rows"] = json.loads((args.out / f"{stem}.json").read_text(encoding="utf-8"))["rows"]
+        earlier = json.loads((args.out / f"{stem}.json").read_text(encoding="utf-8"))
+        record["rows"], record["command"] = earlier["rows"], f"{earlier['command']}; {record['command']}"
     key = ("sha256", "n", "sampler", "spacing", "steps", "guidance")
     model = load(args.model)
     guidance = model.sampling.guidance if args.guidance is None else args.guidance
@@ -94,6 +96,11 @@ def main(argv: list[str] | None = None) -> None:
     for spacing in args.spacing:
         for name in args.samplers:
             sampler = get_sampler(name, spacing=spacing)
+            try:
+                sampler.plan(model.diffusion, min(args.steps))
+            except UsageError as error:
+                print(f"left out: {name}: {error}", flush=True)
+                continue
             for steps in args.steps:
                 if (fingerprint(model), args.n, name, sampler.spacing, steps, guidance) in done:
                     continue

@@ -66,7 +66,7 @@ def labels_of(network: nn.Module, labels: int | Sequence[int] | Tensor | None, s
             raise UsageError("labels: this model is unconditional; leave them out")
         return None
     if labels is None:
-        return (ops.philox_bits(seeds, 1, stream=Stream.LABEL)[:, 0] * classes) >> 32
+        return (ops.philox_bits(seeds, 1, stream=Stream.LABEL, backend="reference")[:, 0] * classes) >> 32
     try:
         chosen = torch.as_tensor(labels)
     except (TypeError, ValueError, RuntimeError):

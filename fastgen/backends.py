@@ -73,7 +73,7 @@ def _parse(text: str, source: str) -> tuple[str, ...]:
     unknown = [name for name in names if name not in BACKENDS]
     if unknown or not names:
         wrong = ", ".join(map(repr, unknown)) or repr(text)
-        raise ValueError(f"{source}: unknown backend {wrong}; choose from {', '.join(BACKENDS)}")
+        raise UsageError(f"{source}: unknown backend {wrong}; choose from {', '.join(BACKENDS)}")
     return names
 
 

@@ -162,8 +162,13 @@ def write_checkpoint(
     (directory / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
 
 
-def save(model: nn.Module, path: str | Path, *, family: str = "unet", preset: str = "custom") -> None:
-    """Saves a model so that `load` reads it back: weights, configuration, manifest; atomically."""
+def save(model: nn.Module, path: str | Path, *, preset: str = "custom") -> None:
+    """Saves a model of fastgen.models so that `load` reads it back: weights, configuration, manifest; atomically.
+    Raises UsageError for a module of another class.
+    """
+    family = next((name for name, known in FAMILIES.items() if type(model) is known.network), None)
+    if family is None:
+        raise UsageError(f"model: {type(model).__name__} is no network of fastgen.models ({', '.join(FAMILIES)})")
     with atomic_directory(Path(path)) as directory:
         write_checkpoint(directory, model, family=family, preset=preset)
 
@@ -173,9 +178,10 @@ def load(
 ) -> nn.Module:
     """A model in eval mode, from a shipped name, a checkpoint, a training run or a diffusers directory.
 
-    The module has ``forward(x, t, class_labels=None)`` and carries ``config``, ``diffusion``
-    (how it was trained) and ``sampling`` (its defaults). Raises UsageError, a ValueError, that
-    says what is wrong: unknown name (with the nearest ones), files missing, altered or foreign.
+    A generator has ``forward(x, t, class_labels=None)`` and carries ``config``, ``diffusion``
+    (how it was trained) and ``sampling`` (its defaults); the classifier, ``config`` alone.
+    Raises UsageError, a ValueError, that says what is wrong: unknown name (with
+    the nearest ones), files missing, altered or foreign.
     """
     directory = resolve(path_or_name)
     config = read_json(directory / "config.json")

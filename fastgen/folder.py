@@ -16,8 +16,8 @@ from fastgen.sampling import Job, prepare, run
 
 # What decides an image. The name of the model, the batch, the backend and the machine are not among it.
 DECISIVE = (
-    "sha256", "seeds", "labels", "sampler", "options", "steps", "guidance", "guidance_interval", "guidance_rescale",
-    "strength", "images", "dtype",
+    "sha256", "settings_sha256", "seeds", "labels", "sampler", "options", "steps", "guidance", "guidance_interval",
+    "guidance_rescale", "strength", "images", "dtype",
 )  # fmt: skip
 
 

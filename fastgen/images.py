@@ -35,8 +35,13 @@ class Samples:
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, i: int) -> Samples:
-        """The i-th image alone, with its own recipe. Raises IndexError beyond the last."""
+    def __getitem__(self, i: int | slice) -> Samples:
+        """The i-th image alone, with its own recipe, or several. Raises IndexError, ValueError where none is."""
+        if isinstance(i, slice):
+            places = range(len(self))[i]
+            if not places:
+                raise ValueError(f"{i} takes none of the {len(self)} images")
+            return concatenate([self[k] for k in places])
         i = range(len(self))[i]
         one = slice(i, i + 1)
         labels = None if self.labels is None else self.labels[one]
@@ -107,6 +112,7 @@ def concatenate(batches: Sequence[Samples]) -> Samples:
     labels = None if first.labels is None else torch.cat([b.labels for b in batches])
     recipe = first.recipe and replace(
         first.recipe,
+        index=None,
         seeds=[s for b in batches for s in b.recipe.seeds],
         labels=None if labels is None else labels.tolist(),
         images=first.recipe.images if len(first.recipe.images) <= 1 else [i for b in batches for i in b.recipe.images],

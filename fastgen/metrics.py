@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import warnings
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ def features(images: Tensor, network: nn.Module | None = None, batch_size: int =
     """
     if images.dtype != torch.uint8 or images.ndim != 4:
         raise ValueError(f"images must be uint8 [N, C, H, W], not {images.dtype} {list(images.shape)}")
-    network = network or load(CLASSIFIER)
+    network = network or load(CLASSIFIER, device=default_device())
     device = next(network.parameters()).device
     found = [network.features(batch.to(device).float() / 127.5 - 1) for batch in images.split(batch_size)]
     seen = torch.cat(found)
@@ -160,7 +161,7 @@ class Evaluation:
 
     @property
     def nearest_least(self) -> float:
-        """The least of all ratios in ``nearest``; well below 1 means copies."""
+        """The least of all ratios in ``nearest``; well below 1 means that it copies (a rare copy does not show)."""
         return min(ratio for row in self.nearest.values() for ratio in row.values())
 
     def as_dict(self) -> dict[str, Any]:
@@ -185,7 +186,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: str,
+    model: str | Path | nn.Module,
     n: int = 1000,
     *,
     seed: int = 0,
@@ -198,18 +199,19 @@ def evaluate(
 ) -> Evaluation:
     """Draws n images of a digit model, the ten classes in turn, and compares them with mnist-5k.
 
-    model: a shipped name or a checkpoint folder. n: at least 50, and 1,000 for figures to quote; the
+    model: a shipped name, a checkpoint folder, or a module. n: at least 50, and 1,000 for figures to quote; the
     other arguments are those of `fastgen.sample`. Raises UsageError for a model that draws no digits.
     """
     if isinstance(n, bool) or not isinstance(n, int) or n < 50:
         raise UsageError(f"n: must be a whole number of at least 50, not {n!r}")
     check_device(device)
-    network = load(model, device=device or default_device())
+    network = model if isinstance(model, nn.Module) else load(model, device=device or default_device())
     check_module(network)
     config = network.config
+    name = getattr(network, "source", type(network).__name__)
     if (config.out_channels, config.image_size, config.num_classes) != (1, 28, 10):
         raise UsageError(
-            f"model: {model} does not draw the ten digits in 28×28 pixels, which is all that is measured here"
+            f"model: {name} does not draw the ten digits in 28×28 pixels, which is all that is measured here"
         )
     known = _reference()
     labels = torch.arange(n) % config.num_classes
@@ -225,7 +227,7 @@ def evaluate(
         label: {name: row[name] / known.nearest[label][name] for name in PERCENTILES} for label, row in measured.items()
     }
     return Evaluation(
-        model=str(model), sha256=recipe.sha256, sampler=recipe.sampler or type(sampler).__name__,
+        model=name, sha256=recipe.sha256, sampler=recipe.sampler or type(sampler).__name__,
         options=recipe.options, steps=recipe.steps, guidance=recipe.guidance, n=n, seed=seed,
         label_accuracy=label_accuracy(logits, labels), held_out_accuracy=known.accuracy,
         frechet=frechet_distance(known.features, generated), frechet_training=known.frechet_training,

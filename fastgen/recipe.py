@@ -33,7 +33,8 @@ class Recipe:
     """What made some images. ``model`` is a shipped name or a path ("" for a module without one), ``sha256`` the
     fingerprint of its weights, ``sampler`` a name and its options. ``images``: the start images as base64 PNGs, one
     for all or one each. ``batch`` is how many images were computed at once and ``index`` the place among them of the
-    one in this file (None: the file shows them all). ``environment``: versions and hardware."""
+    one in this file (None: the file shows them all). ``environment``: versions and hardware. ``settings_sha256``: of
+    the model's configuration and diffusion and, for a sampler without a name, of its table."""
 
     model: str
     sha256: str
@@ -52,6 +53,7 @@ class Recipe:
     batch: int
     index: int | None = None
     environment: dict[str, Any] = field(default_factory=dict)
+    settings_sha256: str = ""
 
     def to_json(self) -> str:
         """JSON in ASCII; numbers of NumPy among a sampler's options become plain ones."""

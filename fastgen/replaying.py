@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from fastgen.backends import check_device, why_not
 from fastgen.diffusion.samplers import Sampler, get_sampler
 from fastgen.errors import UsageError
 from fastgen.images import Samples
@@ -67,8 +68,9 @@ def replay(
     """
     picture, recipe = read_recipe(path)
     arguments = _arguments(recipe, path, model, sampler)
-    arguments |= {"device": device or recipe.environment.get("device"), "progress": progress}
-    arguments["backend"] = backend or recipe.backend
+    arguments |= {"device": device or _device(recipe), "progress": progress}
+    check_device(arguments["device"])
+    arguments["backend"] = backend or _backend(recipe, torch.device(arguments["device"]))
     seeds, labels = recipe.seeds, recipe.labels
     if recipe.index is None:
         made = sample(seed=seeds, labels=labels, batch_size=recipe.batch, **arguments)
@@ -82,6 +84,18 @@ def replay(
             made = sample(seed=seeds * count, labels=labels, batch_size=count, **arguments)[recipe.index]
             largest, share = _difference(made, picture, path)
     return Replay(made, largest, share, _reasons(recipe, made.recipe) if largest else [])
+
+
+def _device(recipe: Recipe) -> str:
+    """The recipe's, or what there is: a picture from a GPU is compared on a machine without one too."""
+    there = recipe.environment.get("device") != "cuda" or torch.cuda.is_available()
+    return recipe.environment.get("device", "cpu") if there else "cpu"
+
+
+def _backend(recipe: Recipe, device: torch.device) -> str | None:
+    """The recipe's, if it can run here."""
+    runs = recipe.backend and why_not("diffusion_step", recipe.backend, device.type) is None
+    return recipe.backend if runs else None
 
 
 def _arguments(recipe: Recipe, path: str | Path, model: Any, sampler: Sampler | None) -> dict[str, Any]:
@@ -130,6 +144,8 @@ def _reasons(then: Recipe, now: Recipe) -> list[str]:
     found = []
     if then.sha256 != now.sha256:
         found.append(f"the weights differ (SHA-256 {then.sha256[:12]}… then, {now.sha256[:12]}… now)")
+    elif then.settings_sha256 != now.settings_sha256:
+        found.append("the model's configuration, or the table of the sampler, differs")
     if (then.sampler, then.options) != (now.sampler, now.options):
         found.append(f"sampler {then.sampler} {then.options} then, {now.sampler} {now.options} now")
     if then.backend != now.backend:

@@ -7,10 +7,12 @@ drawn from its own seed alone.
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -167,11 +169,21 @@ def prepare(
         sampler=described and described["sampler"], options=described["options"] if described else {}, steps=steps,
         guidance=scale, guidance_interval=interval, guidance_rescale=rescale, strength=strength, images=[],
         dtype=str(parameter.dtype).removeprefix("torch."), backend=backend, batch=size,
+        settings_sha256=_settings(network, None if described else plan),
     )  # fmt: skip
     return Job(
         network, plan, seeds, labels_of(network, labels, seeds), scale, interval, rescale, start, callback, size,
         backend, progress, recipe,
     )  # fmt: skip
+
+
+def _settings(network: nn.Module, plan: SamplingPlan | None) -> str:
+    """The SHA-256 of what else decides an image: how the network is configured, and the table of an unnamed sampler."""
+    parts = [asdict(p) if is_dataclass(p) else vars(p) for p in (network.config, network.diffusion)]
+    digest = hashlib.sha256(json.dumps(parts, default=str).encode())
+    if plan is not None:
+        digest.update(json.dumps([plan.timesteps.tolist(), plan.coefficients.tolist()]).encode())
+    return digest.hexdigest()
 
 
 def run(job: Job, batches: Sequence[Sequence[int]]) -> Iterator[Samples]:

@@ -15,6 +15,7 @@ from suite import DEVICES, NATIVE, Recorder, call, dispatch
 
 from fastgen import backends, ops, testing, use_backend
 from fastgen.backends import BackendError, resolve, why_not
+from fastgen.errors import UsageError
 
 CPU = torch.device("cpu")
 OPS = ("philox_bits", *NATIVE)
@@ -143,7 +144,7 @@ def test_unknown_names(monkeypatch):
     with pytest.raises(ValueError, match="use_backend"), use_backend():
         pass
     monkeypatch.setenv("FASTGEN_BACKEND", "fast")
-    with pytest.raises(ValueError, match="FASTGEN_BACKEND: unknown backend 'fast'"):
+    with pytest.raises(UsageError, match="FASTGEN_BACKEND: unknown backend 'fast'"):
         ops.to_uint8(torch.zeros(1, 3, 2, 2))
     with pytest.raises(KeyError, match="to_uint9"):
         why_not("to_uint9", "cpp", "cpu")

@@ -364,7 +364,7 @@ def test_a_classifier_comes_back(tmp_path: Path) -> None:
     """A family without sampling: its configuration has neither diffusion nor defaults."""
     torch.manual_seed(0)
     model = Classifier(replace(CLASSIFIERS["digits-tiny"], num_classes=7)).eval()
-    fastgen.save(model, tmp_path / "classifier", family="classifier", preset="mine")
+    fastgen.save(model, tmp_path / "classifier", preset="mine")
     config = json.loads((tmp_path / "classifier" / "config.json").read_text())
     assert (config["family"], config["preset"]) == ("classifier", "mine")
     assert not {"diffusion", "sampling"} & config.keys()

@@ -578,6 +578,17 @@ def test_interrupted(run: Any, tiny: Path, here: Path, pictures: None, monkeypat
     assert run("evaluate", tiny) == Result(2, "", "error: interrupted\n")
 
 
+@pytest.mark.parametrize("told", [130, KeyboardInterrupt(), typer.Abort()], ids=["code", "interrupt", "abort"])
+def test_interrupted_as_other_versions_of_typer_say_it(run: Any, told: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def app(standalone_mode: bool) -> int:
+        if isinstance(told, BaseException):
+            raise told
+        return told
+
+    monkeypatch.setattr(cli, "app", app)
+    assert run("sample", "ddpm-mnist") == Result(2, "", "error: interrupted\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"), [(["smaple"], "smaple"), (["--fast"], "--fast"), (["doctor", "now"], "now")]
 )

@@ -7,7 +7,7 @@ import io
 import os
 import weakref
 import zlib
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +249,13 @@ def test_leftovers_of_a_killed_run_are_no_images(stub: Stub, out: Path) -> None:
 
 # Other settings
 
+
+def unclipped(stub: Stub) -> Stub:
+    """The same weights, read in another way."""
+    stub.diffusion = replace(stub.diffusion, clip=None)
+    return stub
+
+
 START = Image.fromarray(np.random.default_rng(0).integers(256, size=(8, 8), dtype=np.uint8))
 BASE: dict[str, Any] = {"seed": 3, "labels": [1, 2, 3], "steps": 3, "guidance": 2.0, "sampler": DDIM(0.5)}
 OTHER: list[tuple[dict[str, Any], str]] = [
@@ -266,6 +273,7 @@ OTHER: list[tuple[dict[str, Any], str]] = [
     ({"dtype": torch.float64}, "dtype 'float32' there, 'float64' now"),
     ({"image": START}, "strength None there, 0.8 now; another start image"),
     ({"model": Stub(0.25)}, "sha256 "),
+    ({"model": unclipped(Stub())}, "settings_sha256 "),
 ]
 
 
@@ -294,6 +302,22 @@ def test_other_start_images_are_refused(stub: Stub, out: Path, change: dict[str,
     sample_to_folder(out, stub, 2, steps=4, **start)
     refused(words, out, stub, 2, steps=4, **(start | change))
     assert sample_to_folder(out, stub, 2, steps=4, **start).found == 2
+
+
+@dataclass(frozen=True)
+class OwnSampler:
+    """Of no name that a recipe could give."""
+
+    eta: float
+
+    def plan(self, config: Any, steps: int) -> Any:
+        return DDIM(self.eta).plan(config, steps)
+
+
+def test_another_sampler_of_ones_own_is_refused(stub: Stub, out: Path) -> None:
+    sample_to_folder(out, stub, 2, sampler=OwnSampler(0.5))
+    refused("settings_sha256 ", out, stub, 3, sampler=OwnSampler(0.25))
+    assert sample_to_folder(out, stub, 3, sampler=OwnSampler(0.5)) == Written(out, made=1, found=2)
 
 
 def test_a_start_image_each(stub: Stub, out: Path) -> None:

@@ -245,3 +245,13 @@ def test_a_folder_that_is_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(images.os, "access", lambda path, mode: (Path(path), mode) != (tmp_path, os.W_OK))
     with pytest.raises(fastgen.UsageError, match=r"^output: .*not writable"):
         check_output(tmp_path / "a.png")
+
+
+def test_slices() -> None:
+    """Some of the images, each with its own recipe, also out of a grid's."""
+    some = samples(7)[1:6:2]
+    assert len(some) == 3 and some.seeds.tolist() == some.recipe.seeds == [2, 16, 30]
+    assert some.labels.tolist() == some.recipe.labels == [1, 3, 5] and some.recipe.index is None
+    assert torch.equal(some.images, samples(7).images[1:6:2])
+    with pytest.raises(ValueError, match="none of the 7 images"):
+        samples(7)[7:]

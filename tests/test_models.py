@@ -248,7 +248,7 @@ def test_classifier_drops_out_in_training_only() -> None:
         assert not torch.equal(model(x), model(x)) and torch.equal(model.features(x), model.features(x))
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 28, 28), (1, 28, 28), (2, 28, 28, 1)])
+@pytest.mark.parametrize("shape", [(2, 3, 28, 28), (1, 28, 28), (1, 1, 28), (2, 28, 28, 1)])
 def test_classifier_takes_images_only(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"^x must be \[N, 1, H, W\], not "):
         build("classifier", "digits-tiny")(torch.zeros(shape))

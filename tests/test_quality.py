@@ -73,6 +73,8 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     ]  # fmt: skip
     table = file.with_suffix(".md").read_text()
     assert all(line in table for line in capsys.readouterr().out.splitlines())
+    quality.main([*args, "--samplers", "ddim", "--spacing", "karras"])
+    assert capsys.readouterr().out.startswith("left out: ddim: spacing: ")
     monkeypatch.setattr(quality, "measure", lambda *args: pytest.fail("measured again"))
     quality.main([*args, "--samplers", "heun", "ddim"])
     assert json.loads(file.read_text())["rows"] == measured

@@ -158,7 +158,8 @@ def test_every_field(folder: Path, tmp_path: Path) -> None:
         "hardware": torch.backends.cpu.get_cpu_capability(), "threads": 1,
         "kernels": {"group_norm_act": "reference", "diffusion_step": "reference"},
     }  # fmt: skip
-    assert replace(found, images=[]) == Recipe(
+    assert len(found.settings_sha256) == 64
+    assert replace(found, images=[], settings_sha256="") == Recipe(
         model=str(folder), sha256=weights, seeds=[7], labels=[5], sampler="euler", options={"spacing": "trailing"},
         steps=7, guidance=2.0, guidance_interval=(0.0, 0.5), guidance_rescale=1.0, strength=0.6, images=[],
         dtype="bfloat16", backend="reference", batch=2, index=1, environment=environment,
@@ -380,6 +381,15 @@ def test_other_weights(one: Path, model: UNet) -> None:
     assert found.reasons == [f"the weights differ (SHA-256 {then[:12]}… then, {now[:12]}… now)"]
 
 
+def test_another_configuration(model: UNet, tmp_path: Path) -> None:
+    """The same weights, read in another way."""
+    other = tiny()
+    other.diffusion = replace(other.diffusion, clip=0.5)
+    file = sample(model, 2, steps=3).save(tmp_path / "a.png")
+    found = replay(file, model=other)
+    assert not found.exact and found.reasons == ["the model's configuration, or the table of the sampler, differs"]
+
+
 def test_another_sampler(one: Path, model: UNet) -> None:
     for sampler, words in ((Heun(), "heun {'spacing': 'karras'} now"), (DDIM(1.0), "now")):
         found = replay(one, model=model, sampler=sampler)
@@ -494,9 +504,11 @@ def test_unknown_fields_are_left_alone(one: Path, model: UNet) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_a_device_that_is_not_there(one: Path, model: UNet) -> None:
     rewrite(one, environment={**read_recipe(one)[1].environment, "device": "cuda", "threads": None})
-    refused(one, "device: cuda is not visible", model=model)
-    assert replay(one, model=model, device="cpu").exact
-    assert "device cuda then, cpu now" in replay(edited(one), model=model, device="cpu").reasons
+    refused(one, "device: cuda is not visible", model=model, device="cuda")
+    assert replay(one, model=model).exact
+    rewrite(one, backend="cuda")
+    reasons = replay(edited(one), model=model).reasons
+    assert "device cuda then, cpu now" in reasons and "backend cuda then, auto now" in reasons
 
 
 class Touch:

@@ -628,3 +628,9 @@ def test_the_name_of_a_sampler_is_the_nearest() -> None:
     """Of two names of one kind, that which agrees with more of its fields."""
     assert describe_sampler(DPMSolverMultistep(sde=True, spacing="karras"))["sampler"] == "dpmpp_2m_sde"
     assert describe_sampler(DPMSolverMultistep(spacing="leading"))["sampler"] == "dpmpp_2m"
+
+
+@pytest.mark.parametrize("wrong", [DDIM, Heun])
+def test_a_class_is_no_sampler(wrong: type) -> None:
+    with pytest.raises(UsageError, match=r"^sampler: .*or a sampler object"):
+        get_sampler(wrong)

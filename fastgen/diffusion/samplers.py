@@ -10,6 +10,7 @@ sqrt((1 - abar) / abar) likewise, a = sqrt(abar).
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, is_dataclass, replace
+from numbers import Real
 from typing import Protocol
 
 import torch
@@ -122,8 +123,8 @@ class DDIM:
     use_clipped_model_output: bool = True
 
     def plan(self, config: DiffusionConfig, steps: int) -> SamplingPlan:
-        if not 0 <= self.eta <= 1:
-            raise UsageError(f"eta: must be between 0 and 1, not {self.eta}")
+        if not isinstance(self.eta, Real) or not 0 <= self.eta <= 1:
+            raise UsageError(f"eta: must be a number between 0 and 1, not {self.eta!r}")
         timesteps, abar, after = _layout(config, steps, self.spacing)
         sigma = self.eta * ((1 - after) / (1 - abar) * (1 - abar / after)).sqrt()
         zero = torch.zeros_like(abar)
@@ -297,7 +298,7 @@ def get_sampler(sampler: str | Sampler, **options: object) -> Sampler:
         if sampler not in SAMPLERS:
             raise UsageError(f"sampler: unknown sampler {sampler!r}; choose one of {', '.join(SAMPLERS)}")
         sampler = SAMPLERS[sampler]
-    if not hasattr(sampler, "plan"):
+    if isinstance(sampler, type) or not hasattr(sampler, "plan"):
         raise UsageError(f"sampler: must be one of {', '.join(SAMPLERS)} or a sampler object, not {sampler!r}")
     for name, value in options.items():
         if value is None:

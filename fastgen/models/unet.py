@@ -241,7 +241,7 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(width, config.out_channels * config.patch_size**2, 3, padding=1)
 
     def forward(self, x: Tensor, t: Tensor | int, class_labels: Tensor | None = None) -> Tensor:
-        """x: [N,C,H,W], the noisy image; t: int or int64 [] or [N], the step in 0 … T-1;
+        """x: [N,C,H,W], the noisy image; t: a number, or a tensor [] or [N], the step in 0 … T-1 (fractions too);
         class_labels: int64 [N] in 0 … num_classes, where num_classes is the null class (None: all null).
 
         Raises ValueError where the shape or the labels do not fit the configuration.
