@@ -325,7 +325,12 @@ def train(
     )  # fmt: skip
     check_device(device)
     trainer = start_or_resume(kind(config, device or default_device()), config, out, resume)
-    last = trainer.run(progress=False if quiet else None)
+    try:
+        last = trainer.run(progress=False if quiet else None)
+    except KeyboardInterrupt:
+        raise UsageError(
+            f"interrupted at step {trainer.step}; --resume auto goes on from the newest checkpoint"
+        ) from None
     hint = f"; draw from it with: fastgen sample {last} -n 16" if recipe == "ddpm" else f": {last}"
     typer.echo(f"trained to step {trainer.step}{hint}")
 

@@ -138,7 +138,7 @@ def writing(path: Path) -> Iterator[Path]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise UsageError(
-            f"output: no room for {path.name} on the disk of {path.parent}; make some and run it again"
+            f"output: no room for {path.name} on the disk of {path.parent}; free some space and run it again"
         ) from None
     finally:
         if work is not None:

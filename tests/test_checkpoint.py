@@ -378,6 +378,18 @@ def test_a_classifier_comes_back(tmp_path: Path) -> None:
     refused(tmp_path / "classifier", "channels [12] are not divisible by num_groups=8")
 
 
+def test_a_module_of_another_class_is_not_saved(tmp_path: Path) -> None:
+    """Nor one of a class derived from ours, which `load` could not make again."""
+
+    class Other(Classifier):
+        pass
+
+    for module, name in ((nn.Linear(1, 1), "Linear"), (Other(CLASSIFIERS["digits-tiny"]), "Other")):
+        with pytest.raises(fastgen.UsageError, match=f"^model: {name} is no network of fastgen.models"):
+            fastgen.save(module, tmp_path / "m")
+    assert os.listdir(tmp_path) == []
+
+
 # Foreign
 
 

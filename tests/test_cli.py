@@ -330,8 +330,8 @@ SAMPLE: list[tuple[list[object], str]] = [
         "spacing: must be leading, trailing, linspace or karras, not",
     ),
     (["TINY", "--sampler", "heun", "--eta", 0.5], "eta: Heun has no eta; leave it out"),
-    (["TINY", "--eta", 1.5], "eta: must be between 0 and 1, not 1.5"),
-    (["TINY", "--eta", "nan"], "eta: must be between 0 and 1, not nan"),
+    (["TINY", "--eta", 1.5], "eta: must be a number between 0 and 1, not 1.5"),
+    (["TINY", "--eta", "nan"], "eta: must be a number between 0 and 1, not nan"),
     (["TINY", "--guidance-interval", "0.2"], "guidance-interval: must be two rising numbers between 0 and 1, not"),
     (["TINY", "--guidance-interval", "0.1,0.2,0.3"], "guidance-interval: must be two rising numbers"),
     (["TINY", "--guidance-interval", "0.8,0.2"], "guidance-interval: must be two rising numbers"),
@@ -573,7 +573,8 @@ def test_interrupted(run: Any, tiny: Path, here: Path, pictures: None, monkeypat
     monkeypatch.setattr(UNet, "forward", stop)
     assert run("sample", tiny, "-q") == Result(2, "", "error: interrupted\n") and os.listdir(here) == []
     train = ["train", "ddpm", "--preset", "tiny", "--out", "run", "-q"]
-    assert run(*train) == Result(2, "", "error: interrupted\n") and os.listdir("run") == []
+    said = "error: interrupted at step 0; --resume auto goes on from the newest checkpoint\n"
+    assert run(*train) == Result(2, "", said) and os.listdir("run") == []
     monkeypatch.setattr(metrics, "evaluate", stop)
     assert run("evaluate", tiny) == Result(2, "", "error: interrupted\n")
 

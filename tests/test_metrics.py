@@ -19,7 +19,15 @@ from torch import Tensor, nn
 import fastgen
 from fastgen import metrics
 from fastgen.checkpoint import fingerprint
-from fastgen.metrics import Evaluation, features, frechet_distance, label_accuracy, nearest_distance, precision_recall
+from fastgen.metrics import (
+    CLASSIFIER,
+    Evaluation,
+    features,
+    frechet_distance,
+    label_accuracy,
+    nearest_distance,
+    precision_recall,
+)
 from fastgen.models.classifier import PRESETS, Classifier
 from fastgen.models.unet import PRESETS as UNETS
 from fastgen.models.unet import UNet
@@ -271,7 +279,9 @@ def evaluated() -> tuple[Evaluation, fastgen.Samples, dict[str, Any]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metrics, "sample", spy)
-        found = metrics.evaluate("ddpm-mnist", 53, seed=4, steps=2, guidance=1.0, batch_size=20, progress=False)
+        found = metrics.evaluate(
+            "ddpm-mnist", 53, seed=4, steps=2, guidance=1.0, batch_size=20, device="cpu", progress=False
+        )
     return found, *kept
 
 
@@ -281,7 +291,7 @@ def test_evaluation_says_what_was_measured(evaluated: Any) -> None:
     assert found.sha256 == fingerprint(fastgen.load("ddpm-mnist")) == made.recipe.sha256
     assert found.sampler == fastgen.load("ddpm-mnist").sampling.sampler and found.options == made.recipe.options
     assert made.seeds.tolist() == list(range(4, 57)) and made.labels.tolist() == [i % 10 for i in range(53)]
-    assert asked["batch_size"] == 20 and asked["progress"] is False
+    assert (asked["batch_size"], asked["device"], asked["progress"]) == (20, "cpu", False)
 
 
 def test_evaluation_by_its_parts(evaluated: Any, seen: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -339,6 +349,16 @@ def test_the_ratio_of_copies(evaluated: Any) -> None:
     rows[6]["p5"] = 0.01
     assert replace(evaluated[0], nearest=rows).nearest_least == 0.01
     assert replace(evaluated[0], frechet=6.0, frechet_training=4.0).frechet_ratio == 1.5
+
+
+def test_a_module_is_evaluated_as_it_is(evaluated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the name of what it was loaded from, or of its class."""
+    network = fastgen.load("ddpm-mnist")
+    monkeypatch.setattr(metrics, "load", lambda name, **kwargs: fastgen.load(name) if name == CLASSIFIER else 0)
+    monkeypatch.setattr(metrics, "sample", lambda given, *args, **kwargs: evaluated[1] if given is network else 0)
+    assert metrics.evaluate(network, 53, seed=4) == evaluated[0]
+    del network.source
+    assert metrics.evaluate(network, 53, seed=4) == replace(evaluated[0], model="UNet")
 
 
 @pytest.mark.parametrize("n", [49, 0, -1, True, 50.0, "50", None])
