@@ -37,7 +37,8 @@ def main() -> None:
         sys.exit(code)
     except UsageError as error:
         argument, colon, rest = str(error).partition(":")
-        _fail(argument.replace("_", "-") + colon + rest if argument.isidentifier() else str(error), 2)
+        option = argument.isidentifier() and argument.islower()
+        _fail(argument.replace("_", "-") + colon + rest if option else str(error), 2)
     except _BadUsage as error:
         _fail(error.format_message(), 2)
     except (typer.Abort, KeyboardInterrupt):

@@ -566,6 +566,12 @@ def test_an_error_of_ours_is_not_hidden(tiny: Path, here: Path, monkeypatch: pyt
         cli.main()
 
 
+def test_a_wrong_environment_variable(run: Any, tiny: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTGEN_BACKEND", "foo")
+    words = "error: FASTGEN_BACKEND: unknown backend 'foo'; choose from reference, cpp, triton, cuda\n"
+    assert run("sample", tiny, "-q") == Result(2, "", words)
+
+
 def test_interrupted(run: Any, tiny: Path, here: Path, pictures: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
