@@ -22,13 +22,12 @@ app = typer.Typer(
     no_args_is_help=True,
     help="Image generators in PyTorch on fused kernels: sample, replay, evaluate, train, and see what runs here.",
 )
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # torch has no exception of its own
 _BadUsage = typer.BadParameter.__mro__[2]  # click's ClickException, wherever this typer keeps click
 
 
 def main() -> None:
     """The entry point of the `fastgen` command."""
-    from fastgen.errors import UsageError
+    from fastgen.errors import OUT_OF_MEMORY, UsageError
 
     try:
         code = app(standalone_mode=False) or 0

@@ -22,7 +22,8 @@ from fastgen.backends import check_device, default_device
 from fastgen.checkpoint import load
 from fastgen.diffusion.samplers import Sampler
 from fastgen.errors import UsageError
-from fastgen.sampling import prepare, sample
+from fastgen.images import concatenate
+from fastgen.sampling import stream
 from fastgen.training.data import load_dataset
 
 CLASSIFIER = "digits-classifier"
@@ -215,12 +216,12 @@ def evaluate(
             f"model: {name} does not draw the ten digits in 28×28 pixels, which is all that is measured here"
         )
     labels = torch.arange(n) % config.num_classes
-    prepare(network, n, seed=seed, sampler=sampler, steps=steps, guidance=guidance, batch_size=batch_size)
-    known = _reference()  # seconds; after what may be wrong with the arguments, and before the minutes of sampling
-    made = sample(
+    batches = stream(  # checks the arguments at once, and draws when asked to
         network, n, seed=seed, labels=labels, sampler=sampler, steps=steps, guidance=guidance, batch_size=batch_size,
         device=device, progress=progress,
     )  # fmt: skip
+    known = _reference()
+    made = concatenate(list(batches))
     recipe = made.recipe
     generated, logits = features(made.images)
     precision, recall = precision_recall(known.features, generated)

@@ -34,7 +34,7 @@ from fastgen.arguments import (
 from fastgen.backends import check_backend, check_device, default_device, use_backend
 from fastgen.checkpoint import fingerprint, load
 from fastgen.diffusion.samplers import Sampler, SamplingPlan, describe_sampler, get_sampler
-from fastgen.errors import UsageError
+from fastgen.errors import OUT_OF_MEMORY, UsageError
 from fastgen.images import Samples, concatenate
 from fastgen.ops.philox import Stream
 from fastgen.recipe import Recipe, encode_picture, environment
@@ -308,8 +308,8 @@ def _memory(images: int) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        known = ("out of memory", "can't allocate memory", "not enough memory")
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not any(w in str(error) for w in known):
+        said = any(words in str(error) for words in OUT_OF_MEMORY)
+        if not said and not isinstance(error, MemoryError | torch.OutOfMemoryError):
             raise
         advice = (
             f"batch_size: give a smaller one, such as {images // 2}" if images > 1 else "model: it needs more memory"

@@ -273,12 +273,12 @@ def evaluated() -> tuple[Evaluation, fastgen.Samples, dict[str, Any]]:
     """A small evaluation, the images that it drew, and how it asked for them."""
     kept: list[Any] = []
 
-    def spy(*args: Any, **kwargs: Any) -> fastgen.Samples:
+    def spy(*args: Any, **kwargs: Any) -> list[fastgen.Samples]:
         kept.extend((fastgen.sample(*args, **kwargs), kwargs))
-        return kept[0]
+        return [kept[0]]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metrics, "sample", spy)
+        patch.setattr(metrics, "stream", spy)
         found = metrics.evaluate(
             "ddpm-mnist", 53, seed=4, steps=2, guidance=1.0, batch_size=20, device="cpu", progress=False
         )
@@ -355,7 +355,7 @@ def test_a_module_is_evaluated_as_it_is(evaluated: Any, monkeypatch: pytest.Monk
     """By the name of what it was loaded from, or of its class."""
     network = fastgen.load("ddpm-mnist")
     monkeypatch.setattr(metrics, "load", lambda name, **kwargs: fastgen.load(name) if name == CLASSIFIER else 0)
-    monkeypatch.setattr(metrics, "sample", lambda given, *args, **kwargs: evaluated[1] if given is network else 0)
+    monkeypatch.setattr(metrics, "stream", lambda given, *args, **kwargs: [evaluated[1]] if given is network else 0)
     assert metrics.evaluate(network, 53, seed=4) == evaluated[0]
     del network.source
     assert metrics.evaluate(network, 53, seed=4) == replace(evaluated[0], model="UNet")
@@ -409,7 +409,11 @@ def test_without_torchmetrics(monkeypatch: pytest.MonkeyPatch) -> None:
     images, labels = torch.zeros(20, 1, 28, 28, dtype=torch.uint8), torch.arange(20) % 10
     monkeypatch.setattr(metrics, "load_dataset", lambda *args: (images, labels))
     monkeypatch.setattr(metrics, "_reference", metrics._reference.__wrapped__)
-    monkeypatch.setattr(metrics, "sample", lambda *args, **kwargs: pytest.fail("drawn for nothing"))
+
+    def drawn(*args: Any, **kwargs: Any) -> Iterator[fastgen.Samples]:
+        yield pytest.fail("drawn for nothing")
+
+    monkeypatch.setattr(metrics, "stream", drawn)
     with pytest.raises(ImportError, match=words):
         metrics.evaluate("ddpm-mnist", 50)
 
