@@ -52,7 +52,7 @@ DEFAULT_ARCHS = ("80", "90", "100")
 # No -march and no -ffast-math: functions carry their own instruction sets (csrc/cpu/isa.h), and noise is
 # promised bit for bit, hence no contraction. The last two let loops over sqrt and comparisons vectorise.
 CXX_FLAGS = [
-    *("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall"),
+    *("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall", "-Wno-psabi"),
     *("-ffp-contract=off", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", STABLE_ABI),
 ]
 # The host compiler under nvcc takes no -Wall: nvcc's own generated code does not pass it.

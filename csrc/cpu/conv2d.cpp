@@ -1,0 +1,495 @@
+// conv2d: two-dimensional convolution with what stands before and after it, on NHWC images; see fastgen/ops/conv2d.py.
+//
+// The output is cut into tiles of m x m (m = 1: pixels). For a stretch of tiles, held in cache:
+//   1. the input, normalised and activated on the way, is transformed: v [F, tiles, C], F = (m + r - 1)^2 (Direct: the
+//      rows of the padded input as they are, F = 1);
+//   2. for each of the F numbers, v [tiles, C] times the transformed weights [C, K]; depth and order of each sum do
+//      not depend on the stretch, so neither on threads nor batch;
+//   3. the products are transformed back, and bias, residual and activation are applied before they are stored.
+#pragma GCC optimize("fp-contract=fast")
+
+#include "conv2d.h"
+
+#include <atomic>
+#include <cmath>
+#include <vector>
+
+namespace fastgen {
+namespace {
+
+constexpr int64_t kGroup = 64;             // output channels that one task computes together
+constexpr int64_t kTiles = 30;             // tiles that one task computes together
+constexpr int64_t kStretch = 6 << 20;      // bytes of v at once, for all threads, in L3
+constexpr int64_t kStrip = 96 << 10;       // bytes of the rows that the input transform works on, in L2
+constexpr int64_t kSkew = 16;              // keeps F equal strides from falling into one set of the cache
+
+template <typename F>
+constexpr int64_t kNumbers = F::kIn * F::kIn;
+
+// How the output grid is cut: `rows` rows of `cols` tiles in each image.
+template <typename F>
+struct Grid {
+  int64_t rows, cols;
+  template <typename W>
+  explicit Grid(const Conv<W>& p) : rows((p.gh + F::kOut - 1) / F::kOut), cols((p.gw + F::kOut - 1) / F::kOut) {}
+};
+
+// The channel blocks of both sources, in turn: f(block, where it begins in a row of v).
+template <typename W, typename F>
+FASTGEN_BODY void for_blocks(const Conv<W>& p, int64_t width, int64_t lanes, const F& f) {
+  for (int64_t c = 0; c < p.c1; c += width) f(Block{p.x, p.c1, c, c, std::min(width, p.c1 - c)}, c);
+  const int64_t begin = round_up(p.c1, lanes);
+  for (int64_t c = 0; c < p.c2; c += width)
+    f(Block{p.skip, p.c2, c, p.c1 + c, std::min(width, p.c2 - c)}, begin + c);
+}
+
+// v of tile rows [begin, end), counted over all images; the stretch begins with tile row `first`.
+struct Transform {
+  template <Isa kIsa, typename F, typename W>
+  FASTGEN_BODY void run(F, const Conv<W>* call, W* v, int64_t stride, int64_t ld, int64_t first, int64_t begin,
+                        int64_t end, int64_t width, W* strip) {
+    using S = Simd<kIsa, W>;
+    using Vec = typename S::Vec;
+    constexpr int kIn = F::kIn, kOut = F::kOut;
+    const Conv<W>& p = *call;
+    const Grid<F> grid(p);
+    const int64_t cols = grid.cols * kOut + kIn - kOut;
+    for_blocks(p, width, S::kLanes, [&](const Block& block, int64_t at) __attribute__((always_inline)) {
+      const int64_t cb = round_up(block.count, S::kLanes), line = cols * cb;
+      W* vertical = strip + kIn * line;
+      int64_t next = -1;  // the tile row whose upper lines are still in the strip
+      for (int64_t u = begin; u < end; ++u) {
+        const int64_t image = u / grid.rows, top = u % grid.rows * kOut;
+        for (int64_t i = u == next && top > 0 ? kIn - kOut : 0; i < kIn; ++i)
+          load_row<kIsa>(p, block, image, top + i - p.pt, cols, strip + (top + i) % kIn * line, cb);
+        next = u + 1;
+        const W* lines[kIn];
+        for (int i = 0; i < kIn; ++i) lines[i] = strip + (top + i) % kIn * line;
+        for (int64_t e = 0; e < line; e += S::kLanes) {
+          Vec d[kIn], t[kIn];
+          for (int i = 0; i < kIn; ++i) d[i] = S::load(lines[i] + e);
+          F::data(d, t);
+          for (int i = 0; i < kIn; ++i) S::store(vertical + i * line + e, t[i]);
+        }
+        W* row = v + (u - first) * grid.cols * ld + at;
+        for (int i = 0; i < kIn; ++i)
+          for (int64_t tile = 0; tile < grid.cols; ++tile)
+            for (int64_t e = 0; e < cb; e += S::kLanes) {
+              const W* from = vertical + i * line + tile * kOut * cb + e;
+              Vec d[kIn], t[kIn];
+              for (int j = 0; j < kIn; ++j) d[j] = S::load(from + j * cb);
+              F::data(d, t);
+              for (int j = 0; j < kIn; ++j) S::store(row + (i * kIn + j) * stride + tile * ld + e, t[j]);
+            }
+      }
+    });
+  }
+};
+
+// The padded, normalised input that Direct reads: rows [begin, end) of `height` rows for each image, from `image` on,
+// the first at input row `top`. v: [images, height, cols, ld]
+struct Pad {
+  template <Isa kIsa, typename W>
+  FASTGEN_BODY void run(const Conv<W>* call, W* v, int64_t ld, int64_t image, int64_t top, int64_t height,
+                        int64_t cols, int64_t begin, int64_t end) {
+    const Conv<W>& p = *call;
+    for (int64_t i = begin; i < end; ++i)
+      for_blocks(p, p.c(), Simd<kIsa, W>::kLanes,
+                 [&](const Block& block, int64_t at) __attribute__((always_inline)) {
+                   load_row<kIsa>(p, block, image + i / height, top + i % height, cols, v + i * cols * ld + at, ld);
+                 });
+  }
+};
+
+// What a stretch of tiles is multiplied from. Winograd: row t of v at v + t * ld. Direct: the pixel where the
+// window of tile t begins, `height` rows of `cols` pixels an image.
+template <typename W>
+struct Stretch {
+  const W* v;
+  int64_t stride, ld, first, tiles, height, cols;
+  const Run* runs;
+  int64_t nruns, depth;
+};
+
+// One panel of output columns for `count` rows: out [count, kPanel], kGroup apart.
+struct Gemm {
+  template <Isa kIsa, typename W>
+  FASTGEN_BODY void run(int64_t count, const W* const* rows, int64_t base, const Run* runs, int64_t nruns, const W* b,
+                        W* out) {
+    const int64_t blocks = (count + kRows - 1) / kRows;
+    for (int64_t j = 0; j < blocks; ++j) {
+      const int64_t t = count * j / blocks, m = count * (j + 1) / blocks - t;
+      gemm_rows<kIsa>(m, rows + t, base, runs, nruns, b, out + t * kGroup, kGroup);
+    }
+  }
+};
+
+// Tiles [begin, end) of a stretch, for the channels [k0, k0 + kGroup) of one phase: their sums are transformed back,
+// finished and stored. Returns 0 if all sums were finite, else NaN.
+struct Finish {
+  template <Isa kIsa, typename F, typename W>
+  FASTGEN_BODY W run(F, const Conv<W>* p, int64_t first, int64_t begin, int64_t end, int64_t phase, int64_t k0,
+                     const W* sums, int64_t apart) {
+    const Grid<F> grid(*p);
+    W bad = 0;
+    for (int64_t t = begin; t < end; ++t)
+      bad += tile<kIsa, F>(*p, grid, first, t, phase, k0, sums + (t - begin) * kGroup, apart);
+    return bad;
+  }
+
+  template <Isa kIsa, typename F, typename W>
+  FASTGEN_BODY W tile(const Conv<W>& p, const Grid<F>& grid, int64_t first, int64_t tile, int64_t phase, int64_t k0,
+                      const W* sums, int64_t apart) {
+    using S = Simd<kIsa, W>;
+    using Vec = typename S::Vec;
+    constexpr int kOut = F::kOut, kIn = F::kIn;
+    const int64_t u = first + tile / grid.cols, image = u / grid.rows, kn = std::min(kGroup, p.k - k0);
+    alignas(64) W tiles[kOut * kOut][kGroup];
+    if constexpr (F::kTaps > 0) {
+      for (int64_t e = 0; e < kn; e += S::kLanes) {
+        Vec part[kIn][kOut];
+        for (int i = 0; i < kIn; ++i) {
+          Vec m[kIn];
+          for (int j = 0; j < kIn; ++j) m[j] = S::load(sums + (i * kIn + j) * apart + e);
+          F::output(m, part[i]);
+        }
+        for (int j = 0; j < kOut; ++j) {
+          Vec m[kIn], y[kOut];
+          for (int i = 0; i < kIn; ++i) m[i] = part[i][j];
+          F::output(m, y);
+          for (int i = 0; i < kOut; ++i) S::store(&tiles[i * kOut + j][e], y[i]);
+        }
+      }
+    }
+    W bad = 0;
+    const W* bias = p.bias == nullptr ? nullptr : p.bias + image * p.bias_stride + k0;
+    const int64_t shift_y = p.phases == 1 ? 0 : phase / 2, shift_x = p.phases == 1 ? 0 : phase % 2;
+    const int64_t grow = p.phases == 1 ? 1 : 2;
+    for (int i = 0; i < kOut; ++i)
+      for (int j = 0; j < kOut; ++j) {
+        const int64_t gy = u % grid.rows * kOut + i, gx = tile % grid.cols * kOut + j;
+        const int64_t y = gy * grow - shift_y, x = gx * grow - shift_x;
+        if (gy >= p.gh || gx >= p.gw || y < 0 || x < 0 || y >= p.yh || x >= p.yw) continue;
+        const W* __restrict from = F::kTaps > 0 ? tiles[i * kOut + j] : sums;
+        const int64_t at = ((image * p.yh + y) * p.yw + x) * p.k + k0;
+        alignas(64) W z[kGroup];
+        W wrong = 0;
+#pragma omp simd reduction(+ : wrong)
+        for (int64_t c = 0; c < kn; ++c) {
+          z[c] = from[c];
+          wrong += from[c] - from[c];
+        }
+        bad += wrong;
+        if (p.gain != nullptr)
+          for (int64_t c = 0; c < kn; ++c) z[c] *= p.gain[k0 + c];
+        if (bias != nullptr)
+          for (int64_t c = 0; c < kn; ++c) z[c] += bias[c];
+        for_images<W>(p.dtype, [&](auto zero) __attribute__((always_inline)) {
+          using T = decltype(zero);
+          if (p.residual != nullptr)
+            for (int64_t c = 0; c < kn; ++c) z[c] += static_cast<W>(static_cast<const T*>(p.residual)[at + c]);
+          activate(p.act, z, kn);
+          for (int64_t c = 0; c < kn; ++c) static_cast<T*>(p.y)[at + c] = static_cast<T>(z[c]);
+        });
+      }
+    return bad;
+  }
+};
+
+// a, b of z = (x - mean) a + b and the mean itself, for every image and channel, from the groups' statistics.
+template <typename W>
+struct Prologue {
+  std::vector<W> mean, a, b;
+
+  Prologue(int64_t n, int64_t c, const OptTensor& group_mean, const OptTensor& group_rstd, const OptTensor& weight,
+           const OptTensor& bias, const OptTensor& scale, const OptTensor& shift) {
+    if (!group_mean) return;
+    const int64_t width = c / group_mean->size(1);
+    const W *mu = in<W>(*group_mean), *r = in<W>(*group_rstd), *w = in<W>(weight), *beta = in<W>(bias);
+    const W *gamma = in<W>(scale), *delta = in<W>(shift);
+    mean.resize(n * c), a.resize(n * c), b.resize(n * c);
+    for (int64_t i = 0; i < n * c; ++i) {
+      const W one = gamma != nullptr ? W(1) + gamma[i] : W(1);
+      mean[i] = mu[i / width];
+      a[i] = (w != nullptr ? w[i % c] * one : one) * r[i / width];
+      b[i] = (beta != nullptr ? beta[i % c] * one : W(0)) + (delta != nullptr ? delta[i] : W(0));
+    }
+  }
+};
+
+// The F numbers of a stretch of whole tile rows; calls f(first tile row, tile rows) for each stretch.
+template <typename F>
+void for_stretches(int64_t rows, int64_t bytes_a_row, const F& f) {
+  const int64_t most = std::max<int64_t>(1, kStretch / std::max<int64_t>(1, bytes_a_row));
+  const int64_t count = (rows + most - 1) / most;
+  for (int64_t i = 0; i < count; ++i) f(rows * i / count, rows * (i + 1) / count - rows * i / count);
+}
+
+// Where row t of the left-hand side begins: that of a tile, or the pixel where its window does.
+template <typename F, typename W>
+const W* row_of(const Conv<W>& p, const Stretch<W>& s, const Grid<F>& grid, int64_t t) {
+  if constexpr (F::kTaps > 0) return s.v + t * s.ld;
+  const int64_t u = s.first + t / grid.cols, image = u / grid.rows - s.first / grid.rows;
+  const int64_t y = (u % grid.rows - s.first % grid.rows) * p.sh;
+  return s.v + ((image * s.height + y) * s.cols + t % grid.cols * p.sw) * s.ld;
+}
+
+// The outputs of a stretch, a task for each phase, group of output channels and piece of the stretch.
+template <typename F, typename W>
+bool multiply(const Conv<W>& p, const Stretch<W>& s) {
+  constexpr int64_t kApart = kTiles * kGroup + kSkew;
+  const Grid<F> grid(p);
+  const int64_t panel = 2 * lanes<W>(), panels = (p.k + panel - 1) / panel, in_group = kGroup / panel;
+  const int64_t groups = (panels + in_group - 1) / in_group, pieces = (s.tiles + kTiles - 1) / kTiles;
+  std::atomic<bool> finite{true};
+  torch::stable::parallel_for(0, p.phases * groups * pieces, 1, [&](int64_t begin, int64_t end) {
+    W* sums = static_cast<W*>(scratch<1>(kNumbers<F> * kApart * sizeof(W)));
+    const W* rows[kTiles];
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t phase = task / pieces / groups, first = task / pieces % groups * in_group, piece = task % pieces;
+      const int64_t t0 = s.tiles * piece / pieces, t1 = s.tiles * (piece + 1) / pieces;
+      for (int64_t t = t0; t < t1; ++t) rows[t - t0] = row_of(p, s, grid, t);
+      for (int64_t f = 0; f < kNumbers<F>; ++f)
+        for (int64_t i = 0; i < std::min(in_group, panels - first); ++i) {
+          const W* b = p.packed + ((phase * panels + first + i) * kNumbers<F> + f) * s.depth * panel;
+          multiversion<Gemm>(t1 - t0, static_cast<const W* const*>(rows), f * s.stride, s.runs, s.nruns, b,
+                             sums + f * kApart + i * panel);
+        }
+      const W bad = multiversion<Finish>(F{}, &p, s.first, t0, t1, phase, first * panel,
+                                         static_cast<const W*>(sums), kApart);
+      if (bad != W(0)) finite = false;
+    }
+  });
+  return finite;
+}
+
+// v of a stretch of tile rows, in parallel.
+template <typename F, typename W>
+void transform(const Conv<W>& p, W* v, int64_t stride, int64_t ld, int64_t first, int64_t count) {
+  const Grid<F> grid(p);
+  const int64_t cols = grid.cols * F::kOut + F::kIn - F::kOut, bytes = 2 * F::kIn * cols * sizeof(W);
+  const int64_t width = std::min(round_up(std::max(p.c1, p.c2), lanes<W>()),
+                                 std::max<int64_t>(16, kStrip / bytes / 16 * 16));
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    W* strip = static_cast<W*>(scratch<2>(bytes * width));
+    multiversion<Transform>(F{}, &p, v, stride, ld, first, first + begin, first + end, width, strip);
+  });
+}
+
+template <typename F, typename W>
+bool winograd(const Conv<W>& p) {
+  const Grid<F> grid(p);
+  const int64_t ld = round_up(p.c1, lanes<W>()) + round_up(p.c2, lanes<W>());
+  const Run runs[2] = {{0, p.c1}, {round_up(p.c1, lanes<W>()), p.c2}};
+  bool finite = true;
+  for_stretches(p.n * grid.rows, kNumbers<F> * grid.cols * ld * sizeof(W), [&](int64_t first, int64_t count) {
+    const int64_t tiles = count * grid.cols, stride = tiles * ld + kSkew;
+    W* v = static_cast<W*>(scratch<0>(kNumbers<F> * stride * sizeof(W)));
+    transform<F>(p, v, stride, ld, first, count);
+    finite &= multiply<F>(p, Stretch<W>{v, stride, ld, first, tiles, 0, 0, runs, p.c2 > 0 ? 2 : 1, p.c()});
+  });
+  return finite;
+}
+
+// Windows are read where they lie: no copy of the input if it needs no padding, normalisation or conversion.
+template <typename W>
+bool direct(const Conv<W>& p) {
+  const int64_t cols = (p.gw - 1) * p.sw + (p.kw - 1) * p.dw + 1;
+  const int64_t reach = (p.kh - 1) * p.dh + 1, height = (p.gh - 1) * p.sh + reach;
+  const bool as_it_is = p.dtype == dtype_of<W> && p.mean == nullptr && p.c2 == 0 && p.pt == 0 && p.pl == 0 &&
+                        cols <= p.w && height <= p.h;
+  const int64_t ld = as_it_is ? p.c1 : round_up(p.c1, lanes<W>()) + round_up(p.c2, lanes<W>());
+  const int64_t wide = as_it_is ? p.w : cols;
+  std::vector<Run> runs;
+  for (int64_t r = 0; r < p.kh; ++r)
+    for (int64_t s = 0; s < p.kw; ++s) {
+      const int64_t at = (r * p.dh * wide + s * p.dw) * ld;
+      runs.push_back({at, p.c1});
+      if (p.c2 > 0) runs.push_back({at + round_up(p.c1, lanes<W>()), p.c2});
+    }
+  Stretch<W> s{nullptr, 0, ld, 0, 0, height, wide, runs.data(), static_cast<int64_t>(runs.size()), p.c() * p.taps()};
+  if (as_it_is) {
+    s.v = static_cast<const W*>(p.x), s.height = p.h, s.tiles = p.n * p.gh * p.gw;
+    return multiply<Direct>(p, s);
+  }
+  bool finite = true;
+  // Whole images, as many as fit; where not even one does, rows of one.
+  const int64_t image_bytes = height * cols * ld * static_cast<int64_t>(sizeof(W));
+  const auto piece = [&](int64_t image, int64_t images, int64_t row, int64_t count) {
+    s.height = (count - 1) * p.sh + reach;
+    s.first = image * p.gh + row, s.tiles = images * count * p.gw;
+    W* v = static_cast<W*>(scratch<0>(images * s.height * cols * ld * sizeof(W)));
+    torch::stable::parallel_for(0, images * s.height, 4, [&](int64_t begin, int64_t end) {
+      multiversion<Pad>(&p, v, ld, image, row * p.sh - p.pt, s.height, cols, begin, end);
+    });
+    s.v = v;
+    finite &= multiply<Direct>(p, s);
+  };
+  if (image_bytes <= kStretch)
+    for_stretches(p.n, image_bytes, [&](int64_t image, int64_t images) { piece(image, images, 0, p.gh); });
+  else
+    for (int64_t image = 0; image < p.n; ++image)
+      for_stretches(p.gh, image_bytes / p.gh, [&](int64_t row, int64_t count) { piece(image, 1, row, count); });
+  return finite;
+}
+
+enum Algorithm : int64_t { kDirect, kF23, kF43, kF32 };
+
+template <typename Body>
+auto for_algorithm(int64_t algorithm, const Body& body) {
+  switch (algorithm) {
+    case kF23: return body(F23{});
+    case kF43: return body(F43{});
+    case kF32: return body(F32{});
+    default: return body(Direct{});
+  }
+}
+
+// x: [N, C1, H, W], skip: [N, C2, H, W], residual, y: [N, K, ., .], channels last; packed by conv2d_pack;
+// mean, rstd: [N, G]; norm_weight, norm_bias: [C]; scale, shift: [N, C]; gain: [K]; bias: [K] or [N, K]; grid: the
+// output's [gh, gw] as the engine counts it. Parameters are fp32 (fp64 for fp64). Returns whether all sums were finite.
+int64_t conv2d_fwd(const Tensor& x, const OptTensor& skip, const Tensor& packed, const OptTensor& mean,
+                   const OptTensor& rstd, const OptTensor& norm_weight, const OptTensor& norm_bias,
+                   const OptTensor& scale, const OptTensor& shift, int64_t in_act, const OptTensor& gain,
+                   const OptTensor& bias, const OptTensor& residual, int64_t act, int64_t kh, int64_t kw, int64_t sh,
+                   int64_t sw, int64_t pt, int64_t pl, int64_t dh, int64_t dw, int64_t gh, int64_t gw, int64_t phases,
+                   int64_t algorithm, const Tensor& y) {
+  bool finite = true;
+  for_dtype(x, "conv2d", [&](auto zero) {
+    using W = Wide<decltype(zero)>;
+    const int64_t c2 = skip ? skip->size(1) : 0;
+    const Prologue<W> pro(x.size(0), x.size(1) + c2, mean, rstd, norm_weight, norm_bias, scale, shift);
+    Conv<W> p{x.const_data_ptr(), skip ? skip->const_data_ptr() : nullptr,
+              residual ? residual->const_data_ptr() : nullptr, y.mutable_data_ptr()};
+    p.dtype = x.scalar_type();
+    if (mean) p.mean = pro.mean.data(), p.a = pro.a.data(), p.b = pro.b.data();
+    p.gain = in<W>(gain), p.bias = in<W>(bias), p.packed = in<W>(packed);
+    p.n = x.size(0), p.c1 = x.size(1), p.h = x.size(2), p.w = x.size(3), p.c2 = c2, p.k = y.size(1);
+    p.kh = kh, p.kw = kw, p.sh = sh, p.sw = sw, p.pt = pt, p.pl = pl, p.dh = dh, p.dw = dw, p.phases = phases;
+    p.gh = gh, p.gw = gw, p.yh = y.size(2), p.yw = y.size(3);
+    p.bias_stride = bias && bias->dim() == 2 ? p.k : 0;
+    p.in_act = static_cast<int>(in_act), p.act = static_cast<int>(act);
+    finite = for_algorithm(algorithm, [&](auto f) {
+      using F = decltype(f);
+      if constexpr (F::kTaps == 0)
+        return direct(p);
+      else
+        return winograd<F>(p);
+    });
+  });
+  return finite;
+}
+
+// Where element (phase, k, c, r, s) of the weights lies: base + k * sk + c * sc + r * sr + s * ss.
+struct Source {
+  int64_t k, c, taps_h, taps_w, phases, sk, sc, sr, ss;
+  int64_t base[4];
+};
+
+// Panels [begin, end) of weights, transformed: [phases * panels, F, C, kPanel]; Direct: [.., 1, taps * C, kPanel].
+struct Pack {
+  template <Isa kIsa, typename F, typename W>
+  FASTGEN_BODY void run(F, const Source* source, const W* weight, W* packed, int64_t begin, int64_t end) {
+    using S = Simd<kIsa, W>;
+    using Vec = typename S::Vec;
+    constexpr int64_t kN = kPanel<kIsa, W>;
+    constexpr int kIn = F::kIn, kTaps = F::kTaps;
+    const Source& s = *source;
+    const int64_t panels = (s.k + kN - 1) / kN, taps = s.taps_h * s.taps_w;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t k0 = i % panels * kN, kn = std::min(kN, s.k - k0);
+      const W* from = weight + s.base[i / panels] + k0 * s.sk;
+      W* to = packed + i * (kTaps > 0 ? kNumbers<F> : taps) * s.c * kN;
+      for (int64_t c = 0; c < s.c; ++c) {
+        if constexpr (kTaps > 0) {
+          alignas(64) W g[kTaps * kTaps][kN] = {};
+          for (int64_t k = 0; k < kn; ++k)
+            for (int r = 0; r < kTaps; ++r)
+              for (int q = 0; q < kTaps; ++q) g[r * kTaps + q][k] = from[k * s.sk + c * s.sc + r * s.sr + q * s.ss];
+          for (int64_t e = 0; e < kN; e += S::kLanes) {
+            Vec part[kTaps][kIn];
+            for (int q = 0; q < kTaps; ++q) {
+              Vec column[kTaps];
+              for (int r = 0; r < kTaps; ++r) column[r] = S::load(&g[r * kTaps + q][e]);
+              F::filter(column, part[q], W(0));
+            }
+            for (int r = 0; r < kIn; ++r) {
+              Vec row[kTaps], u[kIn];
+              for (int q = 0; q < kTaps; ++q) row[q] = part[q][r];
+              F::filter(row, u, W(0));
+              for (int q = 0; q < kIn; ++q) S::store(to + ((r * kIn + q) * s.c + c) * kN + e, u[q]);
+            }
+          }
+        } else {
+          for (int64_t t = 0; t < taps; ++t) {
+            const W* at = from + c * s.sc + t / s.taps_w * s.sr + t % s.taps_w * s.ss;
+            for (int64_t k = 0; k < kN; ++k) to[(t * s.c + c) * kN + k] = k < kn ? at[k * s.sk] : W(0);
+          }
+        }
+      }
+    }
+  }
+};
+
+// How a weight tensor is read. 0: conv2d's [K, C, kh, kw]. 1: the data gradient's, channels exchanged, taps reversed.
+// 2: the sub-pixels of a transposed convolution [C, K, 4, 4] of stride 2 and padding 1: output 2 i + a takes the 2 taps
+// 3 - a and 1 - a of the input rows i - 1 + a and i + a.
+Source source_of(const Tensor& weight, int64_t way) {
+  const int64_t s0 = weight.stride(0), s1 = weight.stride(1), sr = weight.stride(2), ss = weight.stride(3);
+  const int64_t kh = weight.size(2), kw = weight.size(3);
+  if (way == 0) return {weight.size(0), weight.size(1), kh, kw, 1, s0, s1, sr, ss, {0}};
+  if (way == 1)
+    return {weight.size(1), weight.size(0), kh, kw, 1, s1, s0, -sr, -ss, {(kh - 1) * sr + (kw - 1) * ss}};
+  Source s{weight.size(1), weight.size(0), 2, 2, 4, s1, s0, -2 * sr, -2 * ss, {}};
+  for (int64_t phase = 0; phase < 4; ++phase) s.base[phase] = (3 - phase / 2) * sr + (3 - phase % 2) * ss;
+  return s;
+}
+
+// The number of elements that conv2d_pack fills.
+int64_t conv2d_packed_size(const Tensor& weight, int64_t way, int64_t algorithm) {
+  const Source s = source_of(weight, way);
+  int64_t size = 0;
+  for_dtype(weight, "conv2d_packed_size", [&](auto zero) {
+    const int64_t panel = 2 * lanes<Wide<decltype(zero)>>();
+    const int64_t numbers = for_algorithm(algorithm, [&](auto f) {
+      using F = decltype(f);
+      return F::kTaps > 0 ? kNumbers<F> : s.taps_h * s.taps_w;
+    });
+    size = s.phases * round_up(s.k, panel) * numbers * s.c;
+  });
+  return size;
+}
+
+// weight: four dimensions, any strides, fp32 or fp64; packed: conv2d_packed_size elements
+void conv2d_pack(const Tensor& weight, int64_t way, int64_t algorithm, const Tensor& packed) {
+  const Source s = source_of(weight, way);
+  const auto fill = [&](auto zero) {
+    using W = decltype(zero);
+    const int64_t panel = 2 * lanes<W>(), panels = s.phases * ((s.k + panel - 1) / panel);
+    torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+      for_algorithm(algorithm, [&](auto f) {
+        multiversion<Pack>(f, &s, in<W>(weight), out<W>(packed), begin, end);
+      });
+    });
+  };
+  if (weight.scalar_type() == ScalarType::Double) return fill(double{});
+  fill(float{});
+}
+
+}  // namespace
+}  // namespace fastgen
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastgen_cpp, m) {
+  m.def(
+      "conv2d_fwd(Tensor x, Tensor? skip, Tensor packed, Tensor? mean, Tensor? rstd, Tensor? norm_weight, "
+      "Tensor? norm_bias, Tensor? scale, Tensor? shift, int in_act, Tensor? gain, Tensor? bias, Tensor? residual, "
+      "int act, int kh, int kw, int sh, int sw, int pt, int pl, int dh, int dw, int gh, int gw, int phases, "
+      "int algorithm, Tensor(a!) y) -> int");
+  m.def("conv2d_packed_size(Tensor weight, int way, int algorithm) -> int");
+  m.def("conv2d_pack(Tensor weight, int way, int algorithm, Tensor(a!) packed) -> ()");
+}
+STABLE_TORCH_LIBRARY_IMPL(fastgen_cpp, CPU, m) {
+  m.impl("conv2d_fwd", TORCH_BOX(&fastgen::conv2d_fwd));
+  m.impl("conv2d_packed_size", TORCH_BOX(&fastgen::conv2d_packed_size));
+  m.impl("conv2d_pack", TORCH_BOX(&fastgen::conv2d_pack));
+}
