@@ -115,7 +115,8 @@ struct Stretch {
 struct Gemm {
   template <Isa kIsa, typename W>
   FASTGEN_BODY void run(int64_t count, const W* const* rows, int64_t base, const Run* runs, int64_t nruns, const W* b,
-                        W* out) {
+                        W* out, const W* ahead, int64_t ahead_count) {
+    for (int64_t i = 0; i < ahead_count; i += 64 / static_cast<int64_t>(sizeof(W))) __builtin_prefetch(ahead + i, 0, 2);
     const int64_t blocks = (count + kRows - 1) / kRows;
     for (int64_t j = 0; j < blocks; ++j) {
       const int64_t t = count * j / blocks, m = count * (j + 1) / blocks - t;
@@ -184,12 +185,15 @@ struct Finish {
           for (int64_t c = 0; c < kn; ++c) z[c] *= p.gain[k0 + c];
         if (bias != nullptr)
           for (int64_t c = 0; c < kn; ++c) z[c] += bias[c];
+        if (p.residual != nullptr)
+          for_images<W>(p.dtype, [&](auto zero) __attribute__((always_inline)) {
+            const auto* __restrict more = static_cast<const decltype(zero)*>(p.residual) + at;
+            for (int64_t c = 0; c < kn; ++c) z[c] += static_cast<W>(more[c]);
+          });
+        activate(p.act, z, kn);
         for_images<W>(p.dtype, [&](auto zero) __attribute__((always_inline)) {
-          using T = decltype(zero);
-          if (p.residual != nullptr)
-            for (int64_t c = 0; c < kn; ++c) z[c] += static_cast<W>(static_cast<const T*>(p.residual)[at + c]);
-          activate(p.act, z, kn);
-          for (int64_t c = 0; c < kn; ++c) static_cast<T*>(p.y)[at + c] = static_cast<T>(z[c]);
+          auto* __restrict to = static_cast<decltype(zero)*>(p.y) + at;
+          for (int64_t c = 0; c < kn; ++c) to[c] = static_cast<decltype(zero)>(z[c]);
         });
       }
     return bad;
@@ -249,11 +253,12 @@ bool multiply(const Conv<W>& p, const Stretch<W>& s) {
       const int64_t phase = task / pieces / groups, first = task / pieces % groups * in_group, piece = task % pieces;
       const int64_t t0 = s.tiles * piece / pieces, t1 = s.tiles * (piece + 1) / pieces;
       for (int64_t t = t0; t < t1; ++t) rows[t - t0] = row_of(p, s, grid, t);
+      const int64_t here = std::min(in_group, panels - first), share = (t1 - t0) * s.ld / here;
+      const W* b = p.packed + (phase * panels + first) * kNumbers<F> * s.depth * panel;
       for (int64_t f = 0; f < kNumbers<F>; ++f)
-        for (int64_t i = 0; i < std::min(in_group, panels - first); ++i) {
-          const W* b = p.packed + ((phase * panels + first + i) * kNumbers<F> + f) * s.depth * panel;
+        for (int64_t i = 0; i < here; ++i, b += s.depth * panel) {
           multiversion<Gemm>(t1 - t0, static_cast<const W* const*>(rows), f * s.stride, s.runs, s.nruns, b,
-                             sums + f * kApart + i * panel);
+                             sums + f * kApart + i * panel, rows[0] + (f + 1) * s.stride + share * i, f + 1 < kNumbers<F> ? share : 0);
         }
       const W bad = multiversion<Finish>(F{}, &p, s.first, t0, t1, phase, first * panel,
                                          static_cast<const W*>(sums), kApart);
@@ -386,20 +391,23 @@ struct Source {
   int64_t base[4];
 };
 
-// Panels [begin, end) of weights, transformed: [phases * panels, F, C, kPanel]; Direct: [.., 1, taps * C, kPanel].
+// Panels [begin, end) of weights, transformed, in the order in which Multiply reads them: [phases, groups, F, panels of
+// the group, C, kPanel]; Direct: [.., 1, panels, taps * C, kPanel].
 struct Pack {
   template <Isa kIsa, typename F, typename W>
   FASTGEN_BODY void run(F, const Source* source, const W* weight, W* packed, int64_t begin, int64_t end) {
     using S = Simd<kIsa, W>;
     using Vec = typename S::Vec;
-    constexpr int64_t kN = kPanel<kIsa, W>;
+    constexpr int64_t kN = kPanel<kIsa, W>, kPanels = kGroup / kN;
     constexpr int kIn = F::kIn, kTaps = F::kTaps;
     const Source& s = *source;
     const int64_t panels = (s.k + kN - 1) / kN, taps = s.taps_h * s.taps_w;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t k0 = i % panels * kN, kn = std::min(kN, s.k - k0);
       const W* from = weight + s.base[i / panels] + k0 * s.sk;
-      W* to = packed + i * (kTaps > 0 ? kNumbers<F> : taps) * s.c * kN;
+      const int64_t group = i % panels / kPanels, here = std::min(kPanels, panels - group * kPanels);
+      const int64_t depth = (kTaps > 0 ? 1 : taps) * s.c, apart = here * depth * kN;  // from one number to the next
+      W* to = packed + ((i - i % panels + group * kPanels) * kNumbers<F> + i % panels % kPanels) * depth * kN;
       for (int64_t c = 0; c < s.c; ++c) {
         if constexpr (kTaps > 0) {
           alignas(64) W g[kTaps * kTaps][kN] = {};
@@ -417,7 +425,7 @@ struct Pack {
               Vec row[kTaps], u[kIn];
               for (int q = 0; q < kTaps; ++q) row[q] = part[q][r];
               F::filter(row, u, W(0));
-              for (int q = 0; q < kIn; ++q) S::store(to + ((r * kIn + q) * s.c + c) * kN + e, u[q]);
+              for (int q = 0; q < kIn; ++q) S::store(to + (r * kIn + q) * apart + c * kN + e, u[q]);
             }
           }
         } else {
@@ -466,6 +474,7 @@ void conv2d_pack(const Tensor& weight, int64_t way, int64_t algorithm, const Ten
   const auto fill = [&](auto zero) {
     using W = decltype(zero);
     const int64_t panel = 2 * lanes<W>(), panels = s.phases * ((s.k + panel - 1) / panel);
+    huge_pages(packed.mutable_data_ptr(), packed.numel() * static_cast<int64_t>(sizeof(W)));
     torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
       for_algorithm(algorithm, [&](auto f) {
         multiversion<Pack>(f, &s, in<W>(weight), out<W>(packed), begin, end);

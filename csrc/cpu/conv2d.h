@@ -1,6 +1,10 @@
 // What the convolution kernels share: a call's description, its buffers, its rows of normalised input.
 #pragma once
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -42,6 +46,17 @@ int64_t lanes() {
   return vector_bytes(isa()) / static_cast<int64_t>(sizeof(W));
 }
 
+constexpr int64_t kHugePage = 2 << 20;
+
+// Asks for huge pages in [p, p + bytes), not touched yet: F streams at once are more pages than a TLB holds.
+inline void huge_pages(void* p, int64_t bytes) {
+#ifdef __linux__
+  const auto begin = round_up(reinterpret_cast<int64_t>(p), kHugePage);
+  const auto end = (reinterpret_cast<int64_t>(p) + bytes) / kHugePage * kHugePage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a wish: failure is no error
+#endif
+}
+
 // Memory that a thread keeps from call to call: pages that are fresh each time cost more than what is done in them.
 template <int kSlot>
 void* scratch(int64_t bytes) {
@@ -53,8 +68,10 @@ void* scratch(int64_t bytes) {
   if (size < bytes) {
     memory.reset();
     size = 0;
-    memory.reset(std::aligned_alloc(64, round_up(bytes, 64)));
+    const int64_t align = bytes < kHugePage ? 64 : kHugePage;
+    memory.reset(std::aligned_alloc(align, round_up(bytes, align)));
     if (!memory) throw std::bad_alloc();
+    huge_pages(memory.get(), round_up(bytes, align));
     size = bytes;
   }
   return memory.get();
@@ -97,6 +114,8 @@ FASTGEN_BODY void for_images(ScalarType dtype, const F& f) {
   }
 }
 
+constexpr int64_t kColumnsAhead = 6;
+
 // Columns 0 ... cols of row y of an image's normalised input, zero outside the image. z: [cols, stride], of which
 // the first round_up(count) of each column are written.
 template <Isa kIsa, typename W>
@@ -118,6 +137,8 @@ FASTGEN_BODY void load_row(const Conv<W>& p, const Block& block, int64_t image, 
     const T* line = static_cast<const T*>(block.source) + (image * p.h + y) * p.w * block.channels + block.local;
     for (int64_t col = lo; col < hi; ++col) {
       const T* __restrict from = line + (col - p.pl) * block.channels;
+      for (int64_t c = 0; c < block.count; c += 64 / static_cast<int64_t>(sizeof(T)))
+        __builtin_prefetch(from + kColumnsAhead * block.channels + c);
       W* __restrict to = z + col * stride;
       if (p.mean == nullptr)
         for (int64_t c = 0; c < block.count; ++c) to[c] = static_cast<W>(from[c]);

@@ -7,6 +7,7 @@
 namespace fastgen {
 
 constexpr int64_t kRows = 6;
+constexpr int64_t kAhead = 24;  // rows of a panel between its prefetch and its use
 
 // Columns in a panel of a packed right-hand side.
 template <Isa kIsa, typename W>
@@ -33,6 +34,7 @@ FASTGEN_BODY void gemm_block(const W* const* rows, int64_t base, const Run* runs
   for (int64_t r = 0; r < nruns; ++r) {
     const int64_t end = runs[r].offset + runs[r].count;
     for (int64_t d = runs[r].offset; d < end; ++d, b += kPanel<kIsa, W>) {
+      __builtin_prefetch(b + kAhead * kPanel<kIsa, W>);
       const typename S::Vec b0 = S::load(b), b1 = S::load(b + S::kLanes);
 #pragma GCC unroll 6
       for (int i = 0; i < kM; ++i) {
