@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <vector>
 
 #include "../common/activations.h"
 #include "gemm.h"
@@ -150,5 +151,116 @@ FASTGEN_BODY void load_row(const Conv<W>& p, const Block& block, int64_t image, 
   if (stride == width) return activate(p.in_act, z + lo * stride, (hi - lo) * stride);
   for (int64_t col = lo; col < hi; ++col) activate(p.in_act, z + col * stride, width);
 }
+
+constexpr int64_t kStretch = 1 << 20;      // bytes of v at once, for all threads, in L3
+constexpr int64_t kStrip = 96 << 10;       // bytes of the rows that the input transform works on, in L2
+constexpr int64_t kSkew = 16;              // keeps F equal strides from falling into one set of the cache
+
+enum Algorithm : int64_t { kDirect, kF23, kF43, kF32 };
+
+template <typename F>
+constexpr int64_t kNumbers = F::kIn * F::kIn;
+
+// How the output grid is cut: `rows` rows of `cols` tiles in each image.
+template <typename F>
+struct Grid {
+  int64_t rows, cols;
+  template <typename W>
+  explicit Grid(const Conv<W>& p) : rows((p.gh + F::kOut - 1) / F::kOut), cols((p.gw + F::kOut - 1) / F::kOut) {}
+};
+
+// The channel blocks of both sources, in turn: f(block, where it begins in a row of v).
+template <typename W, typename F>
+FASTGEN_BODY void for_blocks(const Conv<W>& p, int64_t width, int64_t lanes, const F& f) {
+  for (int64_t c = 0; c < p.c1; c += width) f(Block{p.x, p.c1, c, c, std::min(width, p.c1 - c)}, c);
+  const int64_t begin = round_up(p.c1, lanes);
+  for (int64_t c = 0; c < p.c2; c += width)
+    f(Block{p.skip, p.c2, c, p.c1 + c, std::min(width, p.c2 - c)}, begin + c);
+}
+
+// v of tile rows [begin, end), counted over all images; the stretch begins with tile row `first`.
+struct Transform {
+  template <Isa kIsa, typename F, typename W>
+  FASTGEN_BODY void run(F, const Conv<W>* call, W* v, int64_t stride, int64_t ld, int64_t first, int64_t begin,
+                        int64_t end, int64_t width, W* strip) {
+    using S = Simd<kIsa, W>;
+    using Vec = typename S::Vec;
+    constexpr int kIn = F::kIn, kOut = F::kOut;
+    const Conv<W>& p = *call;
+    const Grid<F> grid(p);
+    const int64_t cols = grid.cols * kOut + kIn - kOut;
+    for_blocks(p, width, S::kLanes, [&](const Block& block, int64_t at) __attribute__((always_inline)) {
+      const int64_t cb = round_up(block.count, S::kLanes), line = cols * cb;
+      W* vertical = strip + kIn * line;
+      int64_t next = -1;  // the tile row whose upper lines are still in the strip
+      for (int64_t u = begin; u < end; ++u) {
+        const int64_t image = u / grid.rows, top = u % grid.rows * kOut;
+        for (int64_t i = u == next && top > 0 ? kIn - kOut : 0; i < kIn; ++i)
+          load_row<kIsa>(p, block, image, top + i - p.pt, cols, strip + (top + i) % kIn * line, cb);
+        next = u + 1;
+        const W* lines[kIn];
+        for (int i = 0; i < kIn; ++i) lines[i] = strip + (top + i) % kIn * line;
+        for (int64_t e = 0; e < line; e += S::kLanes) {
+          Vec d[kIn], t[kIn];
+          for (int i = 0; i < kIn; ++i) d[i] = S::load(lines[i] + e);
+          F::data(d, t);
+          for (int i = 0; i < kIn; ++i) S::store(vertical + i * line + e, t[i]);
+        }
+        W* row = v + (u - first) * grid.cols * ld + at;
+        for (int i = 0; i < kIn; ++i)
+          for (int64_t tile = 0; tile < grid.cols; ++tile)
+            for (int64_t e = 0; e < cb; e += S::kLanes) {
+              const W* from = vertical + i * line + tile * kOut * cb + e;
+              Vec d[kIn], t[kIn];
+              for (int j = 0; j < kIn; ++j) d[j] = S::load(from + j * cb);
+              F::data(d, t);
+              for (int j = 0; j < kIn; ++j) S::store(row + (i * kIn + j) * stride + tile * ld + e, t[j]);
+            }
+      }
+    });
+  }
+};
+
+// The F numbers of a stretch of whole tile rows; calls f(first tile row, tile rows) for each stretch.
+template <typename F>
+void for_stretches(int64_t rows, int64_t bytes_a_row, const F& f) {
+  const int64_t most = std::max<int64_t>(1, kStretch / std::max<int64_t>(1, bytes_a_row));
+  const int64_t count = (rows + most - 1) / most;
+  for (int64_t i = 0; i < count; ++i) f(rows * i / count, rows * (i + 1) / count - rows * i / count);
+}
+
+// v of a stretch of tile rows, in parallel.
+template <typename F, typename W>
+void transform(const Conv<W>& p, W* v, int64_t stride, int64_t ld, int64_t first, int64_t count) {
+  const Grid<F> grid(p);
+  const int64_t cols = grid.cols * F::kOut + F::kIn - F::kOut, bytes = 2 * F::kIn * cols * sizeof(W);
+  const int64_t width = std::min(round_up(std::max(p.c1, p.c2), lanes<W>()),
+                                 std::max<int64_t>(16, kStrip / bytes / 16 * 16));
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    W* strip = static_cast<W*>(scratch<2>(bytes * width));
+    multiversion<Transform>(F{}, &p, v, stride, ld, first, first + begin, first + end, width, strip);
+  });
+}
+
+// a, b of z = (x - mean) a + b and the mean itself, for every image and channel, from the groups' statistics.
+template <typename W>
+struct Prologue {
+  std::vector<W> mean, a, b;
+
+  Prologue(int64_t n, int64_t c, const OptTensor& group_mean, const OptTensor& group_rstd, const OptTensor& weight,
+           const OptTensor& bias, const OptTensor& scale, const OptTensor& shift) {
+    if (!group_mean) return;
+    const int64_t width = c / group_mean->size(1);
+    const W *mu = in<W>(*group_mean), *r = in<W>(*group_rstd), *w = in<W>(weight), *beta = in<W>(bias);
+    const W *gamma = in<W>(scale), *delta = in<W>(shift);
+    mean.resize(n * c), a.resize(n * c), b.resize(n * c);
+    for (int64_t i = 0; i < n * c; ++i) {
+      const W one = gamma != nullptr ? W(1) + gamma[i] : W(1);
+      mean[i] = mu[i / width];
+      a[i] = (w != nullptr ? w[i % c] * one : one) * r[i / width];
+      b[i] = (beta != nullptr ? beta[i % c] * one : W(0)) + (delta != nullptr ? delta[i] : W(0));
+    }
+  }
+};
 
 }  // namespace fastgen
