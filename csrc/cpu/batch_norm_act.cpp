@@ -1,0 +1,492 @@
+// batch_norm_act: y = act(xhat w + b + residual), forward and backward; see fastgen/ops/batch_norm_act.py.
+//
+// The tensor is walked in tiles, small matrices: channels last, pixels by a block of channels; contiguous, images
+// by a piece of one channel's plane. Tiles have a fixed size and each writes its own slot, so results do not depend
+// on the number of threads. Statistics are centred within a tile, in fp32, and tiles are pooled in fp64.
+// A normalisation over the batch needs all of a channel before it can write any of it. Where a channel fits into
+// the cache, a thread does both passes over it before it takes the next one, and memory is read once.
+// There is no noise here, so a multiplication and an addition may become one fused instruction.
+#pragma GCC optimize("fp-contract=fast")
+
+#include <cmath>
+#include <vector>
+
+#include "../common/activations.h"
+#include "common.h"
+
+namespace fastgen {
+namespace {
+
+constexpr int64_t kTile = 4096;             // elements in a contiguous tile
+constexpr int64_t kRows = 128, kCols = 128;  // pixels and channels in a channels-last tile
+constexpr int64_t kLanes = 64;              // partial sums of a contiguous tile
+constexpr int64_t kBuffer = 1024;           // elements that pass through an activation at once; at least kCols
+constexpr int64_t kGrain = 32 * 1024;       // elements that are worth a thread
+constexpr int64_t kCached = 512 * 1024;     // bytes of a channel that stay in the cache between two passes
+constexpr int64_t kManyChannels = 32;       // enough for every thread to have channels of its own
+
+// z = (x - mean) a + b + residual, where a = rstd w: one entry a column (channels last) or a single one.
+template <typename W>
+struct Params {
+  const W *mean, *a, *b;
+};
+
+template <bool kColumns, typename W>
+FASTGEN_BODY W param(const W* p, int64_t column) {
+  return p[kColumns ? column : 0];
+}
+
+// These are no more than a comparison: their loops need no buffer.
+FASTGEN_BODY bool is_linear(int code) { return code == kNone || code == kRelu || code == kLeakyRelu; }
+
+template <int kAct, bool kGrad, typename W>
+FASTGEN_BODY void act_loop(W* z, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) z[i] = kGrad ? act_grad<kAct>(z[i]) : act<kAct>(z[i]);
+}
+// z becomes act(z) or act'(z), for the activations that are not piecewise linear.
+template <bool kGrad, typename W>
+FASTGEN_BODY void activate(int code, W* z, int64_t n) {
+  switch (code) {
+    case kSilu: return act_loop<kSilu, kGrad>(z, n);
+    case kGelu: return act_loop<kGelu, kGrad>(z, n);
+    case kGeluTanh: return act_loop<kGeluTanh, kGrad>(z, n);
+    case kTanh: return act_loop<kTanh, kGrad>(z, n);
+    default: return act_loop<kSigmoid, kGrad>(z, n);
+  }
+}
+
+// Adds up `term(at)` over a tile: per column into sums, or the whole tile into its kLanes entries. at: rows ld apart
+template <bool kColumns, typename W, typename F>
+FASTGEN_BODY void add_up(int64_t rows, int64_t cols, int64_t ld, W* __restrict sums, const F& term) {
+  const int64_t length = kColumns ? cols : kLanes;
+  for (int64_t i = 0; i < length; ++i) sums[i] = 0;
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t i = 0; i < cols; i += length) {
+      const int64_t n = std::min(length, cols - i);
+      for (int64_t l = 0; l < n; ++l) sums[l] += term(r * ld + i + l, i + l);
+    }
+}
+
+// The sum of all lanes, in a fixed order.
+template <typename W>
+FASTGEN_BODY W fold(W* lanes) {
+  for (int64_t half = kLanes / 2; half > 0; half /= 2)
+    for (int64_t l = 0; l < half; ++l) lanes[l] += lanes[l + half];
+  return lanes[0];
+}
+
+// Mean and centred sum of squares of each column, or of the whole tile. The mean is summed as a distance from the
+// first element: a large mean costs no digits.
+template <bool kColumns, typename T>
+FASTGEN_BODY void moments_body(const T* __restrict x, int64_t rows, int64_t cols, int64_t ld,
+                               Wide<T>* __restrict mean, Wide<T>* __restrict m2) {
+  using W = Wide<T>;
+  alignas(64) W sums[kColumns ? kCols : kLanes];
+  add_up<kColumns>(rows, cols, ld, sums, [&](int64_t at, int64_t c) __attribute__((always_inline)) {
+    return static_cast<W>(x[at]) - static_cast<W>(x[kColumns ? c : 0]);
+  });
+  if constexpr (kColumns)
+    for (int64_t c = 0; c < cols; ++c) mean[c] = static_cast<W>(x[c]) + sums[c] / static_cast<W>(rows);
+  else
+    *mean = static_cast<W>(*x) + fold(sums) / static_cast<W>(rows * cols);
+  const W first = *mean;
+  add_up<kColumns>(rows, cols, ld, sums, [&](int64_t at, int64_t c) __attribute__((always_inline)) {
+    const W d = static_cast<W>(x[at]) - (kColumns ? mean[c] : first);
+    return d * d;
+  });
+  if constexpr (kColumns)
+    for (int64_t c = 0; c < cols; ++c) m2[c] = sums[c];
+  else
+    *m2 = fold(sums);
+}
+
+// z of n elements. kResidual: whether there is one
+template <bool kColumns, bool kResidual, typename T>
+FASTGEN_BODY Wide<T> z_at(const T* x, const T* residual, int64_t at, int64_t c, const Params<Wide<T>>& p) {
+  using W = Wide<T>;
+  const W z = (static_cast<W>(x[at]) - param<kColumns>(p.mean, c)) * param<kColumns>(p.a, c) + param<kColumns>(p.b, c);
+  return kResidual ? z + static_cast<W>(residual[at]) : z;
+}
+
+template <int kAct, bool kColumns, bool kResidual, typename T>
+FASTGEN_BODY void apply_linear(const T* __restrict x, const T* __restrict residual, T* __restrict y, int64_t rows,
+                               int64_t cols, int64_t ld, Params<Wide<T>> p) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0, at = r * ld; c < cols; ++c)
+      y[at + c] = static_cast<T>(act<kAct>(z_at<kColumns, kResidual>(x, residual, at + c, c, p)));
+}
+
+template <bool kColumns, bool kResidual, typename T>
+FASTGEN_BODY void apply_tile(const T* __restrict x, const T* __restrict residual, T* __restrict y, int64_t rows,
+                             int64_t cols, int64_t ld, Params<Wide<T>> p, int code) {
+  switch (code) {
+    case kNone: return apply_linear<kNone, kColumns, kResidual>(x, residual, y, rows, cols, ld, p);
+    case kRelu: return apply_linear<kRelu, kColumns, kResidual>(x, residual, y, rows, cols, ld, p);
+    case kLeakyRelu: return apply_linear<kLeakyRelu, kColumns, kResidual>(x, residual, y, rows, cols, ld, p);
+  }
+  alignas(64) Wide<T> z[kBuffer];
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < cols; c += kBuffer) {
+      const int64_t n = std::min(kBuffer, cols - c), at = r * ld + c;
+      for (int64_t i = 0; i < n; ++i) z[i] = z_at<kColumns, kResidual>(x, residual, at + i, c + i, p);
+      activate<false>(code, z, n);
+      for (int64_t i = 0; i < n; ++i) y[at + i] = static_cast<T>(z[i]);
+    }
+}
+
+// y = act(z). x, residual, y: [rows, cols], ld apart
+template <bool kColumns, typename T>
+FASTGEN_BODY void apply_body(const T* x, const T* residual, T* y, int64_t rows, int64_t cols, int64_t ld,
+                             Params<Wide<T>> p, int code) {
+  if (residual != nullptr)
+    apply_tile<kColumns, true>(x, residual, y, rows, cols, ld, p, code);
+  else
+    apply_tile<kColumns, false>(x, residual, y, rows, cols, ld, p, code);
+}
+
+// Calls f(first column, columns, offset, g) for pieces of rows, where g(i) = act'(z) of the piece's i-th element.
+template <bool kColumns, bool kResidual, bool kLinear, typename T, typename F>
+FASTGEN_BODY void for_act_grad(const T* x, const T* residual, int64_t rows, int64_t cols, int64_t ld,
+                               const Params<Wide<T>>& p, int code, const F& f) {
+  using W = Wide<T>;
+  [[maybe_unused]] const W slope = code == kNone ? W(1) : code == kRelu ? W(0) : W(kNegativeSlope);
+  alignas(64) W z[kLinear ? 1 : kBuffer];
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < cols; c += kBuffer) {
+      const int64_t n = std::min(kBuffer, cols - c), at = r * ld + c;
+      if constexpr (kLinear) {
+        f(c, n, at, [&](int64_t i) __attribute__((always_inline)) {
+          return z_at<kColumns, kResidual>(x, residual, at + i, c + i, p) > W(0) ? W(1) : slope;
+        });
+      } else {
+        for (int64_t i = 0; i < n; ++i) z[i] = z_at<kColumns, kResidual>(x, residual, at + i, c + i, p);
+        activate<true>(code, z, n);
+        f(c, n, at, [&](int64_t i) __attribute__((always_inline)) { return z[i]; });
+      }
+    }
+}
+
+template <bool kColumns, bool kResidual, bool kLinear, typename T>
+FASTGEN_BODY void sums_tile(const T* __restrict x, const T* __restrict residual, const T* __restrict dy,
+                            T* __restrict dresidual, int64_t rows, int64_t cols, int64_t ld, Params<Wide<T>> p,
+                            int code, Wide<T>* __restrict s1, Wide<T>* __restrict s2) {
+  using W = Wide<T>;
+  constexpr int64_t kLength = kColumns ? kCols : kLanes;
+  alignas(64) W one[kLength] = {}, two[kLength] = {};
+  for_act_grad<kColumns, kResidual, kLinear>(
+      x, residual, rows, cols, ld, p, code,
+      [&](int64_t c, int64_t n, int64_t at, const auto& g) __attribute__((always_inline)) {
+        for (int64_t j = 0; j < n; j += kLength) {
+          const int64_t m = std::min(kLength, n - j);
+          for (int64_t l = 0; l < m; ++l) {
+            const W d = static_cast<W>(x[at + j + l]) - param<kColumns>(p.mean, c + j + l);
+            const W dz = static_cast<W>(dy[at + j + l]) * g(j + l);
+            one[l] += dz;
+            two[l] += dz * d;
+            if constexpr (kResidual) dresidual[at + j + l] = static_cast<T>(dz);
+          }
+        }
+      });
+  if constexpr (kColumns)
+    std::copy_n(one, cols, s1), std::copy_n(two, cols, s2);
+  else
+    *s1 = fold(one), *s2 = fold(two);
+}
+
+// s1 = sum dz, s2 = sum dz (x - mean), of each column or of the whole tile, and dresidual = dz.
+template <bool kColumns, typename T>
+FASTGEN_BODY void sums_body(const T* x, const T* residual, const T* dy, T* dresidual, int64_t rows, int64_t cols,
+                            int64_t ld, Params<Wide<T>> p, int code, Wide<T>* s1, Wide<T>* s2) {
+  const bool linear = is_linear(code);
+  if (residual != nullptr && linear)
+    sums_tile<kColumns, true, true>(x, residual, dy, dresidual, rows, cols, ld, p, code, s1, s2);
+  else if (residual != nullptr)
+    sums_tile<kColumns, true, false>(x, residual, dy, dresidual, rows, cols, ld, p, code, s1, s2);
+  else if (linear)
+    sums_tile<kColumns, false, true>(x, residual, dy, dresidual, rows, cols, ld, p, code, s1, s2);
+  else
+    sums_tile<kColumns, false, false>(x, residual, dy, dresidual, rows, cols, ld, p, code, s1, s2);
+}
+
+template <bool kColumns, bool kLinear, bool kCentred, typename T>
+FASTGEN_BODY void dx_tile(const T* __restrict x, const T* __restrict dy, T* __restrict dx, int64_t rows, int64_t cols,
+                          int64_t ld, Params<Wide<T>> p, const Wide<T>* __restrict k1, const Wide<T>* __restrict k2,
+                          int code) {
+  using W = Wide<T>;
+  for_act_grad<kColumns, false, kLinear>(
+      x, static_cast<const T*>(nullptr), rows, cols, ld, p, code,
+      [&](int64_t c, int64_t n, int64_t at, const auto& g) __attribute__((always_inline)) {
+        for (int64_t i = 0; i < n; ++i) {
+          const W scaled = param<kColumns>(p.a, c + i) * (static_cast<W>(dy[at + i]) * g(i));
+          const W d = static_cast<W>(x[at + i]) - param<kColumns>(p.mean, c + i);
+          dx[at + i] = static_cast<T>(
+              kCentred ? scaled - param<kColumns>(k1, c + i) - d * param<kColumns>(k2, c + i) : scaled);
+        }
+      });
+}
+
+// dx = a dz - k1 - (x - mean) k2, or without the means (k1 null): dx = a dz. See pool_sums
+template <bool kColumns, typename T>
+FASTGEN_BODY void dx_body(const T* x, const T* dy, T* dx, int64_t rows, int64_t cols, int64_t ld, Params<Wide<T>> p,
+                          const Wide<T>* k1, const Wide<T>* k2, int code) {
+  const bool linear = is_linear(code);
+  if (k1 != nullptr && linear)
+    dx_tile<kColumns, true, true>(x, dy, dx, rows, cols, ld, p, k1, k2, code);
+  else if (k1 != nullptr)
+    dx_tile<kColumns, false, true>(x, dy, dx, rows, cols, ld, p, k1, k2, code);
+  else if (linear)
+    dx_tile<kColumns, true, false>(x, dy, dx, rows, cols, ld, p, k1, k2, code);
+  else
+    dx_tile<kColumns, false, false>(x, dy, dx, rows, cols, ld, p, k1, k2, code);
+}
+
+// Tile `part` of its channels: rows by cols elements, the first at offset; its results stand from slot on.
+struct Tile {
+  int64_t channel, rows, cols, offset, slot;
+};
+
+// How x [N, C, *] lies in memory and is cut into tiles.
+struct Geometry {
+  int64_t n, c, s;            // s: the product of the spatial sizes
+  bool columns;               // channels last
+  int64_t rows, cols, ld;     // of a tile
+  int64_t pieces, parts;      // tiles along a plane (contiguous); tiles of a channel
+  bool whole;                 // a thread does all of a channel at once
+
+  explicit Geometry(const Tensor& x) : n(x.size(0)), c(x.size(1)) {
+    s = x.numel() / (n * c);
+    columns = !x.is_contiguous() || s == 1;
+    rows = columns ? kRows : std::clamp<int64_t>(kTile / s, 1, n);
+    cols = columns ? std::min(kCols, c) : std::min(kTile, s);
+    ld = columns ? c : c * s;
+    pieces = columns ? 1 : (s + cols - 1) / cols;
+    parts = columns ? (n * s + rows - 1) / rows : (n + rows - 1) / rows * pieces;
+    whole = !columns && c >= kManyChannels && n * s * static_cast<int64_t>(x.element_size()) <= kCached;
+  }
+  int64_t slots() const { return c * parts; }
+  int64_t slot(int64_t part, int64_t channel) const { return columns ? part * c + channel : channel * parts + part; }
+  Tile tile(int64_t part, int64_t channel) const {
+    const int64_t row = part / pieces * rows, col = part % pieces * cols, last = columns ? n * s : n;
+    return {channel, std::min(rows, last - row), columns ? std::min(cols, c - channel) : std::min(cols, s - col),
+            columns ? row * ld + channel : row * ld + channel * s + col, slot(part, channel)};
+  }
+  // The elements that a channel has in one part.
+  int64_t count(int64_t part) const {
+    const Tile t = tile(part, 0);
+    return columns ? t.rows : t.rows * t.cols;
+  }
+};
+
+// Calls f(tile) for all tiles, in parallel; backwards, so that a second pass begins with what the first left in the
+// cache.
+template <typename F>
+void for_tiles(const Geometry& g, bool backwards, const F& f) {
+  const int64_t across = g.columns ? (g.c + g.cols - 1) / g.cols : g.c, grain = kGrain / (g.rows * g.cols) + 1;
+  torch::stable::parallel_for(0, across * g.parts, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t k = backwards ? end - 1 - (i - begin) : i;
+      f(g.columns ? g.tile(k / across, k % across * g.cols) : g.tile(k % g.parts, k / g.parts));
+    }
+  });
+}
+
+// first(tile) for every tile, pool(channels from, to) once their tiles are done, then second(tile) for every tile.
+template <typename First, typename Pool, typename Second>
+void two_passes(const Geometry& g, const First& first, const Pool& pool, const Second& second) {
+  if (!g.whole) {
+    for_tiles(g, false, first);
+    torch::stable::parallel_for(0, g.c, kGrain / (g.parts + 1) + 1, pool);
+    for_tiles(g, true, second);
+    return;
+  }
+  torch::stable::parallel_for(0, g.c, kGrain / (g.n * g.s) + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      for (int64_t part = 0; part < g.parts; ++part) first(g.tile(part, c));
+      pool(c, c + 1);
+      for (int64_t part = g.parts; part-- > 0;) second(g.tile(part, c));
+    }
+  });
+}
+
+constexpr int64_t kPool = 64;  // channels that are pooled side by side
+
+// Calls f(first channel, channels) for blocks of [begin, end).
+template <typename F>
+void for_channels(int64_t begin, int64_t end, const F& f) {
+  for (int64_t c = begin; c < end; c += kPool) f(c, std::min(kPool, end - c));
+}
+
+// Mean and variance of the channels from their tiles' means and centred sums of squares, in fp64.
+template <typename W>
+void pool_moments(const Geometry& g, const std::vector<W>& means, const std::vector<W>& m2s, int64_t c0, int64_t nc,
+                  W* mean, W* var) {
+  const double total = static_cast<double>(g.n * g.s);
+  double average[kPool] = {}, squares[kPool] = {};
+  for (int64_t part = 0; part < g.parts; ++part) {
+    const double count = static_cast<double>(g.count(part));
+    for (int64_t i = 0; i < nc; ++i) average[i] += count * means[g.slot(part, c0 + i)];
+  }
+  for (int64_t i = 0; i < nc; ++i) average[i] /= total;
+  for (int64_t part = 0; part < g.parts; ++part) {
+    const double count = static_cast<double>(g.count(part));
+    for (int64_t i = 0; i < nc; ++i) {
+      const double delta = means[g.slot(part, c0 + i)] - average[i];
+      squares[i] += m2s[g.slot(part, c0 + i)] + count * delta * delta;
+    }
+  }
+  for (int64_t i = 0; i < nc; ++i) {
+    mean[c0 + i] = static_cast<W>(average[i]);
+    var[c0 + i] = static_cast<W>(squares[i] / total);
+  }
+}
+
+// What z needs of a channel, from its statistics and parameters: rstd, a, b.
+template <typename W>
+struct Affine {
+  const W *weight, *bias, *mean, *var;
+  double eps;
+  std::vector<W> rstd, a, b;
+
+  Affine(const Geometry& g, const OptTensor& w, const OptTensor& beta, const Tensor& m, const Tensor& v, double e)
+      : weight(in<W>(w)), bias(in<W>(beta)), mean(in<W>(m)), var(in<W>(v)), eps(e), rstd(g.c), a(g.c), b(g.c) {}
+
+  void fill(int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      rstd[c] = static_cast<W>(1.0 / std::sqrt(static_cast<double>(var[c]) + eps));
+      a[c] = weight != nullptr ? weight[c] * rstd[c] : rstd[c];
+      b[c] = bias != nullptr ? bias[c] : W(0);
+    }
+  }
+  Params<W> at(int64_t c) const { return {mean + c, &a[c], &b[c]}; }
+};
+
+// x, residual, y: [N, C, *], all in one dense layout; weight, bias, mean, var: [C], fp32 (fp64 for fp64). training:
+// mean and var are those of x, to be written; otherwise they are given.
+void batch_norm_act_fwd(const Tensor& x, const OptTensor& residual, const OptTensor& weight, const OptTensor& bias,
+                        bool training, double eps, int64_t act, const Tensor& y, const Tensor& mean,
+                        const Tensor& var) {
+  const Geometry g(x);
+  const int code = static_cast<int>(act);
+  for_dtype(x, "batch_norm_act", [&](auto zero) {
+    using T = decltype(zero);
+    using W = Wide<T>;
+    const T *source = in<T>(x), *added = in<T>(residual);
+    T* target = out<T>(y);
+    Affine<W> affine(g, weight, bias, mean, var, eps);
+    const auto apply = [&](const Tile& t) {
+      const T* r = added != nullptr ? added + t.offset : nullptr;
+      if (g.columns)
+        multiversion<apply_body<true, T>>(source + t.offset, r, target + t.offset, t.rows, t.cols, g.ld,
+                                          affine.at(t.channel), code);
+      else
+        multiversion<apply_body<false, T>>(source + t.offset, r, target + t.offset, t.rows, t.cols, g.ld,
+                                           affine.at(t.channel), code);
+    };
+    if (!training) {
+      affine.fill(0, g.c);
+      for_tiles(g, false, apply);
+      return;
+    }
+    std::vector<W> means(g.slots()), m2s(g.slots());
+    const auto moments = [&](const Tile& t) {
+      if (g.columns)
+        multiversion<moments_body<true, T>>(source + t.offset, t.rows, t.cols, g.ld, &means[t.slot], &m2s[t.slot]);
+      else
+        multiversion<moments_body<false, T>>(source + t.offset, t.rows, t.cols, g.ld, &means[t.slot], &m2s[t.slot]);
+    };
+    const auto pool = [&](int64_t begin, int64_t end) {
+      for_channels(begin, end, [&](int64_t c, int64_t nc) {
+        pool_moments(g, means, m2s, c, nc, out<W>(mean), out<W>(var));
+      });
+      affine.fill(begin, end);
+    };
+    two_passes(g, moments, pool, apply);
+  });
+}
+
+// dbias = sum dz and dweight = rstd sum dz (x - mean) of the channels, from their tiles, in fp64. Then, with M values
+// a channel, dx = a (dz - mean(dz) - xhat mean(dz xhat)) is a dz - k1 - (x - mean) k2.
+template <typename W>
+void pool_sums(const Geometry& g, const Affine<W>& affine, const std::vector<W>& s1, const std::vector<W>& s2,
+               int64_t c0, int64_t nc, W* dweight, W* dbias, std::vector<W>& k1, std::vector<W>& k2) {
+  double one[kPool] = {}, two[kPool] = {};
+  for (int64_t part = 0; part < g.parts; ++part)
+    for (int64_t i = 0; i < nc; ++i) {
+      one[i] += s1[g.slot(part, c0 + i)];
+      two[i] += s2[g.slot(part, c0 + i)];
+    }
+  const double m = static_cast<double>(g.n * g.s);
+  for (int64_t i = 0; i < nc; ++i) {
+    const double a = affine.a[c0 + i], rstd = affine.rstd[c0 + i];
+    dbias[c0 + i] = static_cast<W>(one[i]);
+    dweight[c0 + i] = static_cast<W>(two[i] * rstd);
+    k1[c0 + i] = static_cast<W>(a * one[i] / m);
+    k2[c0 + i] = static_cast<W>(a * rstd * rstd * two[i] / m);
+  }
+}
+
+// dy, dx: [N, C, *]; dresidual likewise, where there is a residual; dweight, dbias: [C], fp32 (fp64 for fp64)
+void batch_norm_act_bwd(const Tensor& dy, const Tensor& x, const OptTensor& residual, const OptTensor& weight,
+                        const OptTensor& bias, const Tensor& mean, const Tensor& var, bool training, double eps,
+                        int64_t act, const Tensor& dx, const OptTensor& dresidual, const Tensor& dweight,
+                        const Tensor& dbias) {
+  const Geometry g(x);
+  const int code = static_cast<int>(act);
+  for_dtype(x, "batch_norm_act_bwd", [&](auto zero) {
+    using T = decltype(zero);
+    using W = Wide<T>;
+    const T *source = in<T>(x), *added = in<T>(residual), *up = in<T>(dy);
+    T *target = out<T>(dx), *dadded = out<T>(dresidual);
+    Affine<W> affine(g, weight, bias, mean, var, eps);
+    affine.fill(0, g.c);
+    std::vector<W> s1(g.slots()), s2(g.slots()), k1(g.c), k2(g.c);
+    const auto write = [&](const Tile& t) {
+      // With a residual, dz has been written already: it is the residual's gradient.
+      const T* given = dadded != nullptr ? dadded : up;
+      const int left = dadded != nullptr ? static_cast<int>(kNone) : code;
+      const W *mean1 = training ? &k1[t.channel] : nullptr, *mean2 = &k2[t.channel];
+      if (g.columns)
+        multiversion<dx_body<true, T>>(source + t.offset, given + t.offset, target + t.offset, t.rows, t.cols, g.ld,
+                                       affine.at(t.channel), mean1, mean2, left);
+      else
+        multiversion<dx_body<false, T>>(source + t.offset, given + t.offset, target + t.offset, t.rows, t.cols, g.ld,
+                                        affine.at(t.channel), mean1, mean2, left);
+    };
+    const auto sums = [&](const Tile& t) {
+      const T* r = added != nullptr ? added + t.offset : nullptr;
+      T* dr = dadded != nullptr ? dadded + t.offset : nullptr;
+      if (g.columns)
+        multiversion<sums_body<true, T>>(source + t.offset, r, up + t.offset, dr, t.rows, t.cols, g.ld,
+                                         affine.at(t.channel), code, &s1[t.slot], &s2[t.slot]);
+      else
+        multiversion<sums_body<false, T>>(source + t.offset, r, up + t.offset, dr, t.rows, t.cols, g.ld,
+                                          affine.at(t.channel), code, &s1[t.slot], &s2[t.slot]);
+      if (!training) write(t);
+    };
+    const auto pool = [&](int64_t begin, int64_t end) {
+      for_channels(begin, end, [&](int64_t c, int64_t nc) {
+        pool_sums(g, affine, s1, s2, c, nc, out<W>(dweight), out<W>(dbias), k1, k2);
+      });
+    };
+    two_passes(g, sums, pool, [&](const Tile& t) {
+      if (training) write(t);
+    });
+  });
+}
+
+}  // namespace
+}  // namespace fastgen
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastgen_cpp, m) {
+  m.def(
+      "batch_norm_act_fwd(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, bool training, float eps, int act, "
+      "Tensor(a!) y, Tensor(b!) mean, Tensor(c!) var) -> ()");
+  m.def(
+      "batch_norm_act_bwd(Tensor dy, Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, "
+      "bool training, float eps, int act, Tensor(a!) dx, Tensor(b!)? dresidual, Tensor(c!) dweight, Tensor(d!) dbias) "
+      "-> ()");
+}
+STABLE_TORCH_LIBRARY_IMPL(fastgen_cpp, CPU, m) {
+  m.impl("batch_norm_act_fwd", TORCH_BOX(&fastgen::batch_norm_act_fwd));
+  m.impl("batch_norm_act_bwd", TORCH_BOX(&fastgen::batch_norm_act_bwd));
+}
