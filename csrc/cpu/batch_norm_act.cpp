@@ -19,6 +19,7 @@ namespace {
 
 constexpr int64_t kTile = 4096;             // elements in a contiguous tile
 constexpr int64_t kRows = 128, kCols = 128;  // pixels and channels in a channels-last tile
+constexpr int64_t kGroup = 8;               // pixels that are summed one after the other
 constexpr int64_t kLanes = 64;              // partial sums of a contiguous tile
 constexpr int64_t kBuffer = 1024;           // elements that pass through an activation at once; at least kCols
 constexpr int64_t kGrain = 32 * 1024;       // elements that are worth a thread
@@ -55,16 +56,34 @@ FASTGEN_BODY void activate(int code, W* z, int64_t n) {
   }
 }
 
-// Adds up `term(at)` over a tile: per column into sums, or the whole tile into its kLanes entries. at: rows ld apart
+// Calls f(first row, rows) for parts of a tile, after each of which partial sums are to be put aside: a chain of fp32
+// additions is never long. A contiguous tile has lanes enough to keep them short.
+template <bool kColumns, typename F>
+FASTGEN_BODY void for_groups(int64_t rows, const F& f) {
+  const int64_t height = kColumns ? kGroup : rows;
+  for (int64_t r = 0; r < rows; r += height) f(r, std::min(height, rows - r));
+}
+
+template <typename W>
+FASTGEN_BODY void put_aside(W* __restrict part, W* __restrict sums, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) sums[i] += part[i], part[i] = 0;
+}
+
+// Adds up term(offset, column) over a tile: per column, or into kLanes lanes.
 template <bool kColumns, typename W, typename F>
 FASTGEN_BODY void add_up(int64_t rows, int64_t cols, int64_t ld, W* __restrict sums, const F& term) {
+  constexpr int64_t kLength = kColumns ? kCols : kLanes;
+  alignas(64) W part[kLength] = {};
   const int64_t length = kColumns ? cols : kLanes;
-  for (int64_t i = 0; i < length; ++i) sums[i] = 0;
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t i = 0; i < cols; i += length) {
-      const int64_t n = std::min(length, cols - i);
-      for (int64_t l = 0; l < n; ++l) sums[l] += term(r * ld + i + l, i + l);
-    }
+  std::fill_n(sums, length, W(0));
+  for_groups<kColumns>(rows, [&](int64_t r0, int64_t nr) __attribute__((always_inline)) {
+    for (int64_t r = r0; r < r0 + nr; ++r)
+      for (int64_t i = 0; i < cols; i += length) {
+        const int64_t n = std::min(length, cols - i);
+        for (int64_t l = 0; l < n; ++l) part[l] += term(r * ld + i + l, i + l);
+      }
+    put_aside(part, sums, length);
+  });
 }
 
 // The sum of all lanes, in a fixed order.
@@ -100,12 +119,21 @@ FASTGEN_BODY void moments_body(const T* __restrict x, int64_t rows, int64_t cols
     *m2 = fold(sums);
 }
 
-// z of n elements. kResidual: whether there is one
 template <bool kColumns, bool kResidual, typename T>
 FASTGEN_BODY Wide<T> z_at(const T* x, const T* residual, int64_t at, int64_t c, const Params<Wide<T>>& p) {
   using W = Wide<T>;
   const W z = (static_cast<W>(x[at]) - param<kColumns>(p.mean, c)) * param<kColumns>(p.a, c) + param<kColumns>(p.b, c);
   return kResidual ? z + static_cast<W>(residual[at]) : z;
+}
+
+// z of n elements from offset at and column c on. residual may be null
+template <bool kColumns, typename T>
+FASTGEN_BODY void z_row(const T* x, const T* residual, int64_t at, int64_t c, int64_t n, const Params<Wide<T>>& p,
+                        Wide<T>* __restrict z) {
+  if (residual != nullptr)
+    for (int64_t i = 0; i < n; ++i) z[i] = z_at<kColumns, true>(x, residual, at + i, c + i, p);
+  else
+    for (int64_t i = 0; i < n; ++i) z[i] = z_at<kColumns, false>(x, residual, at + i, c + i, p);
 }
 
 template <int kAct, bool kColumns, bool kResidual, typename T>
@@ -116,38 +144,34 @@ FASTGEN_BODY void apply_linear(const T* __restrict x, const T* __restrict residu
       y[at + c] = static_cast<T>(act<kAct>(z_at<kColumns, kResidual>(x, residual, at + c, c, p)));
 }
 
-template <bool kColumns, bool kResidual, typename T>
-FASTGEN_BODY void apply_tile(const T* __restrict x, const T* __restrict residual, T* __restrict y, int64_t rows,
+// y = act(z). x, residual (may be null), y: [rows, cols], ld apart
+template <bool kColumns, typename T>
+FASTGEN_BODY void apply_body(const T* __restrict x, const T* __restrict residual, T* __restrict y, int64_t rows,
                              int64_t cols, int64_t ld, Params<Wide<T>> p, int code) {
+#define FASTGEN_LINEAR(act)                                                       \
+  if (residual != nullptr)                                                        \
+    return apply_linear<act, kColumns, true>(x, residual, y, rows, cols, ld, p);  \
+  return apply_linear<act, kColumns, false>(x, residual, y, rows, cols, ld, p);
   switch (code) {
-    case kNone: return apply_linear<kNone, kColumns, kResidual>(x, residual, y, rows, cols, ld, p);
-    case kRelu: return apply_linear<kRelu, kColumns, kResidual>(x, residual, y, rows, cols, ld, p);
-    case kLeakyRelu: return apply_linear<kLeakyRelu, kColumns, kResidual>(x, residual, y, rows, cols, ld, p);
+    case kNone: FASTGEN_LINEAR(kNone)
+    case kRelu: FASTGEN_LINEAR(kRelu)
+    case kLeakyRelu: FASTGEN_LINEAR(kLeakyRelu)
   }
+#undef FASTGEN_LINEAR
   alignas(64) Wide<T> z[kBuffer];
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = 0; c < cols; c += kBuffer) {
       const int64_t n = std::min(kBuffer, cols - c), at = r * ld + c;
-      for (int64_t i = 0; i < n; ++i) z[i] = z_at<kColumns, kResidual>(x, residual, at + i, c + i, p);
+      z_row<kColumns>(x, residual, at, c, n, p, z);
       activate<false>(code, z, n);
       for (int64_t i = 0; i < n; ++i) y[at + i] = static_cast<T>(z[i]);
     }
 }
 
-// y = act(z). x, residual, y: [rows, cols], ld apart
-template <bool kColumns, typename T>
-FASTGEN_BODY void apply_body(const T* x, const T* residual, T* y, int64_t rows, int64_t cols, int64_t ld,
-                             Params<Wide<T>> p, int code) {
-  if (residual != nullptr)
-    apply_tile<kColumns, true>(x, residual, y, rows, cols, ld, p, code);
-  else
-    apply_tile<kColumns, false>(x, residual, y, rows, cols, ld, p, code);
-}
-
-// Calls f(first column, columns, offset, g) for pieces of rows, where g(i) = act'(z) of the piece's i-th element.
+// Calls f(first column, columns, offset, dz) for pieces of rows, where dz(i) = dy act'(z) of the piece's i-th element.
 template <bool kColumns, bool kResidual, bool kLinear, typename T, typename F>
-FASTGEN_BODY void for_act_grad(const T* x, const T* residual, int64_t rows, int64_t cols, int64_t ld,
-                               const Params<Wide<T>>& p, int code, const F& f) {
+FASTGEN_BODY void for_dz(const T* x, const T* residual, const T* dy, int64_t rows, int64_t cols, int64_t ld,
+                         const Params<Wide<T>>& p, int code, const F& f) {
   using W = Wide<T>;
   [[maybe_unused]] const W slope = code == kNone ? W(1) : code == kRelu ? W(0) : W(kNegativeSlope);
   alignas(64) W z[kLinear ? 1 : kBuffer];
@@ -156,11 +180,13 @@ FASTGEN_BODY void for_act_grad(const T* x, const T* residual, int64_t rows, int6
       const int64_t n = std::min(kBuffer, cols - c), at = r * ld + c;
       if constexpr (kLinear) {
         f(c, n, at, [&](int64_t i) __attribute__((always_inline)) {
-          return z_at<kColumns, kResidual>(x, residual, at + i, c + i, p) > W(0) ? W(1) : slope;
+          const W grad = z_at<kColumns, kResidual>(x, residual, at + i, c + i, p) > W(0) ? W(1) : slope;
+          return grad * static_cast<W>(dy[at + i]);
         });
       } else {
-        for (int64_t i = 0; i < n; ++i) z[i] = z_at<kColumns, kResidual>(x, residual, at + i, c + i, p);
+        z_row<kColumns>(x, residual, at, c, n, p, z);
         activate<true>(code, z, n);
+        for (int64_t i = 0; i < n; ++i) z[i] *= static_cast<W>(dy[at + i]);
         f(c, n, at, [&](int64_t i) __attribute__((always_inline)) { return z[i]; });
       }
     }
@@ -172,40 +198,42 @@ FASTGEN_BODY void sums_tile(const T* __restrict x, const T* __restrict residual,
                             int code, Wide<T>* __restrict s1, Wide<T>* __restrict s2) {
   using W = Wide<T>;
   constexpr int64_t kLength = kColumns ? kCols : kLanes;
-  alignas(64) W one[kLength] = {}, two[kLength] = {};
-  for_act_grad<kColumns, kResidual, kLinear>(
-      x, residual, rows, cols, ld, p, code,
-      [&](int64_t c, int64_t n, int64_t at, const auto& g) __attribute__((always_inline)) {
-        for (int64_t j = 0; j < n; j += kLength) {
-          const int64_t m = std::min(kLength, n - j);
-          for (int64_t l = 0; l < m; ++l) {
-            const W d = static_cast<W>(x[at + j + l]) - param<kColumns>(p.mean, c + j + l);
-            const W dz = static_cast<W>(dy[at + j + l]) * g(j + l);
-            one[l] += dz;
-            two[l] += dz * d;
-            if constexpr (kResidual) dresidual[at + j + l] = static_cast<T>(dz);
-          }
+  const bool given = kLinear ? kResidual : residual != nullptr;
+  alignas(64) W part1[kLength] = {}, part2[kLength] = {}, sum1[kLength] = {}, sum2[kLength] = {};
+  for_groups<kColumns>(rows, [&](int64_t r0, int64_t nr) __attribute__((always_inline)) {
+    const auto add = [&](int64_t c, int64_t n, int64_t at, const auto& dz_at) __attribute__((always_inline)) {
+      at += r0 * ld;
+      for (int64_t j = 0; j < n; j += kLength) {
+        const int64_t m = std::min(kLength, n - j);
+        for (int64_t l = 0; l < m; ++l) {
+          const W d = static_cast<W>(x[at + j + l]) - param<kColumns>(p.mean, c + j + l), dz = dz_at(j + l);
+          part1[l] += dz;
+          part2[l] += dz * d;
+          if (given) dresidual[at + j + l] = static_cast<T>(dz);
         }
-      });
+      }
+    };
+    const T* added = given ? residual + r0 * ld : nullptr;
+    for_dz<kColumns, kResidual, kLinear>(x + r0 * ld, added, dy + r0 * ld, nr, cols, ld, p, code, add);
+    put_aside(part1, sum1, kColumns ? cols : kLanes);
+    put_aside(part2, sum2, kColumns ? cols : kLanes);
+  });
   if constexpr (kColumns)
-    std::copy_n(one, cols, s1), std::copy_n(two, cols, s2);
+    std::copy_n(sum1, cols, s1), std::copy_n(sum2, cols, s2);
   else
-    *s1 = fold(one), *s2 = fold(two);
+    *s1 = fold(sum1), *s2 = fold(sum2);
 }
 
-// s1 = sum dz, s2 = sum dz (x - mean), of each column or of the whole tile, and dresidual = dz.
+// s1 = sum dz, s2 = sum dz (x - mean), of each column or of the whole tile, and dresidual = dz where there is one.
 template <bool kColumns, typename T>
 FASTGEN_BODY void sums_body(const T* x, const T* residual, const T* dy, T* dresidual, int64_t rows, int64_t cols,
                             int64_t ld, Params<Wide<T>> p, int code, Wide<T>* s1, Wide<T>* s2) {
-  const bool linear = is_linear(code);
-  if (residual != nullptr && linear)
-    sums_tile<kColumns, true, true>(x, residual, dy, dresidual, rows, cols, ld, p, code, s1, s2);
-  else if (residual != nullptr)
-    sums_tile<kColumns, true, false>(x, residual, dy, dresidual, rows, cols, ld, p, code, s1, s2);
-  else if (linear)
-    sums_tile<kColumns, false, true>(x, residual, dy, dresidual, rows, cols, ld, p, code, s1, s2);
-  else
+  if (!is_linear(code))
     sums_tile<kColumns, false, false>(x, residual, dy, dresidual, rows, cols, ld, p, code, s1, s2);
+  else if (residual != nullptr)
+    sums_tile<kColumns, true, true>(x, residual, dy, dresidual, rows, cols, ld, p, code, s1, s2);
+  else
+    sums_tile<kColumns, false, true>(x, residual, dy, dresidual, rows, cols, ld, p, code, s1, s2);
 }
 
 template <bool kColumns, bool kLinear, bool kCentred, typename T>
@@ -213,31 +241,28 @@ FASTGEN_BODY void dx_tile(const T* __restrict x, const T* __restrict dy, T* __re
                           int64_t ld, Params<Wide<T>> p, const Wide<T>* __restrict k1, const Wide<T>* __restrict k2,
                           int code) {
   using W = Wide<T>;
-  for_act_grad<kColumns, false, kLinear>(
-      x, static_cast<const T*>(nullptr), rows, cols, ld, p, code,
-      [&](int64_t c, int64_t n, int64_t at, const auto& g) __attribute__((always_inline)) {
-        for (int64_t i = 0; i < n; ++i) {
-          const W scaled = param<kColumns>(p.a, c + i) * (static_cast<W>(dy[at + i]) * g(i));
-          const W d = static_cast<W>(x[at + i]) - param<kColumns>(p.mean, c + i);
-          dx[at + i] = static_cast<T>(
-              kCentred ? scaled - param<kColumns>(k1, c + i) - d * param<kColumns>(k2, c + i) : scaled);
-        }
-      });
+  const bool centred = kLinear ? kCentred : k1 != nullptr;
+  const auto write = [&](int64_t c, int64_t n, int64_t at, const auto& dz) __attribute__((always_inline)) {
+    for (int64_t i = 0; i < n; ++i) {
+      W value = param<kColumns>(p.a, c + i) * dz(i);
+      const W d = static_cast<W>(x[at + i]) - param<kColumns>(p.mean, c + i);
+      if (centred) value = value - param<kColumns>(k1, c + i) - d * param<kColumns>(k2, c + i);
+      dx[at + i] = static_cast<T>(value);
+    }
+  };
+  for_dz<kColumns, false, kLinear>(x, static_cast<const T*>(nullptr), dy, rows, cols, ld, p, code, write);
 }
 
 // dx = a dz - k1 - (x - mean) k2, or without the means (k1 null): dx = a dz. See pool_sums
 template <bool kColumns, typename T>
 FASTGEN_BODY void dx_body(const T* x, const T* dy, T* dx, int64_t rows, int64_t cols, int64_t ld, Params<Wide<T>> p,
                           const Wide<T>* k1, const Wide<T>* k2, int code) {
-  const bool linear = is_linear(code);
-  if (k1 != nullptr && linear)
-    dx_tile<kColumns, true, true>(x, dy, dx, rows, cols, ld, p, k1, k2, code);
-  else if (k1 != nullptr)
-    dx_tile<kColumns, false, true>(x, dy, dx, rows, cols, ld, p, k1, k2, code);
-  else if (linear)
-    dx_tile<kColumns, true, false>(x, dy, dx, rows, cols, ld, p, k1, k2, code);
-  else
+  if (!is_linear(code))
     dx_tile<kColumns, false, false>(x, dy, dx, rows, cols, ld, p, k1, k2, code);
+  else if (k1 != nullptr)
+    dx_tile<kColumns, true, true>(x, dy, dx, rows, cols, ld, p, k1, k2, code);
+  else
+    dx_tile<kColumns, true, false>(x, dy, dx, rows, cols, ld, p, k1, k2, code);
 }
 
 // Tile `part` of its channels: rows by cols elements, the first at offset; its results stand from slot on.

@@ -134,16 +134,18 @@ def _statistics(x: Tensor, running_mean: Any, running_var: Any, training: bool) 
 def _normalise(
     x: Tensor, mean: Tensor | None, var: Tensor | None, weight: Any, bias: Any, eps: float, act: str, residual: Any
 ) -> Tensor:
-    """The equation, by the statistics that are given, or in training (None) by x's own."""
-    dtype = wide(x.dtype)
-    weight, bias = (None if p is None else p.to(dtype) for p in (weight, bias))
-    z = F.batch_norm(x.to(dtype), mean, var, weight, bias, mean is None, 0.0, eps)
-    z = z if residual is None else z + residual.to(z.dtype)
+    """The equation, by the statistics that are given, or in training (None) by x's own.
+
+    Contiguous, since PyTorch's sums over channels last are in plain fp32.
+    """
+    h, weight, bias = (_wide(p, x) for p in (x, weight, bias))
+    z = F.batch_norm(h, mean, var, weight, bias, mean is None, 0.0, eps)
+    z = z if residual is None else z + residual.to(x.dtype)
     return ACTIVATIONS[act][1](z).to(x.dtype)
 
 
-def _parameter(p: Tensor | None, x: Tensor) -> Tensor | None:
-    """Kernels read parameters densely, in the dtype of the statistics."""
+def _wide(p: Tensor | None, x: Tensor) -> Tensor | None:
+    """Densely, in the dtype of the statistics, as kernels read parameters."""
     return None if p is None else p.to(wide(x.dtype)).contiguous()
 
 
@@ -153,17 +155,17 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """-> y [N, C, *], mean [C], var [C]: the statistics that x was normalised by."""
     backend = backends.resolve("batch_norm_act", x.device, backend)
+    x = dense(x)
+    residual = dense(residual, like=x)
     if backend == "reference" or x.numel() == 0:
         mean, var = _statistics(x, running_mean, running_var, training)
         y = _normalise(x, *((None, None) if training else (mean, var)), weight, bias, eps, act, residual)
         return y.contiguous(memory_format=layout(x)), mean, var
-    x = dense(x)
-    residual = dense(residual, like=x)
     y, mean, var = _fake(x, *[None] * 9)
     if not training:
         mean.copy_(running_mean), var.copy_(running_var)
     launch = backends.kernel("batch_norm_act", "batch_norm_act_fwd", backend)
-    parameters = [_parameter(p, x) for p in (weight, bias)]
+    parameters = [_wide(p, x) for p in (weight, bias)]
     launch(x, residual, *parameters, training, eps, ACTIVATIONS[act][0], y, mean, var)
     return y, mean, var
 
@@ -219,19 +221,17 @@ def _backward_op(
     eps: float, act: str, backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     backend = backends.resolve("batch_norm_act", x.device, backend)
-    if backend == "reference" or x.numel() == 0:
-        with torch.no_grad():
-            dx, dresidual, *sums = _backward_reference(
-                dy, x, weight, bias, residual, mean, var, training, eps, act
-            )
-        dresidual = x.new_empty(0) if dresidual is None else dense(dresidual, like=x)
-        return dx.contiguous(memory_format=layout(x)), dresidual, *sums
     x = dense(x)
     residual, dy = dense(residual, like=x), dense(dy, like=x)
+    if backend == "reference" or x.numel() == 0:
+        with torch.no_grad():
+            dx, dresidual, *sums = _backward_reference(dy, x, weight, bias, residual, mean, var, training, eps, act)
+        dresidual = x.new_empty(0) if dresidual is None else dense(dresidual, like=x)
+        return dx.contiguous(memory_format=layout(x)), dresidual, *sums
     outputs = _backward_fake(dy, x, None, None, residual, mean, *[None] * 5)
     dx, dresidual, dweight, dbias = outputs
     launch = backends.kernel("batch_norm_act", "batch_norm_act_bwd", backend)
-    parameters = [_parameter(p, x) for p in (weight, bias)]
+    parameters = [_wide(p, x) for p in (weight, bias)]
     given = None if residual is None else dresidual
     code = ACTIVATIONS[act][0]
     launch(dy, x, residual, *parameters, mean, var, training, eps, code, dx, given, dweight, dbias)

@@ -40,7 +40,9 @@ NOISE = {
     "diffusion_step": (ops.Stream.STEP, "step"),
 }
 # Arguments with one row per image (model_out has two where there is guidance).
-BATCHED = ("mu", "logvar", "noise", "seeds", "x0", "t", "x_t", "model_out", "history", "x", "skip", "scale", "shift", "residual")
+BATCHED = (
+    "mu", "logvar", "noise", "seeds", "x0", "t", "x_t", "model_out", "history", "x", "skip", "scale", "shift", "residual",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
