@@ -18,7 +18,7 @@ namespace fastgen {
 namespace {
 
 constexpr int64_t kTile = 4096;             // elements in a contiguous tile
-constexpr int64_t kRows = 128, kCols = 128;  // pixels and channels in a channels-last tile
+constexpr int64_t kRows = 64, kCols = 512;  // pixels and channels in a channels-last tile
 constexpr int64_t kGroup = 8;               // pixels that are summed one after the other
 constexpr int64_t kLanes = 64;              // partial sums of a contiguous tile
 constexpr int64_t kBuffer = 1024;           // elements that pass through an activation at once; at least kCols
@@ -194,11 +194,11 @@ FASTGEN_BODY void for_dz(const T* x, const T* residual, const T* dy, int64_t row
 
 template <bool kColumns, bool kResidual, bool kLinear, typename T>
 FASTGEN_BODY void sums_tile(const T* __restrict x, const T* __restrict residual, const T* __restrict dy,
-                            T* __restrict dresidual, int64_t rows, int64_t cols, int64_t ld, Params<Wide<T>> p,
+                            T* __restrict dz_out, int64_t rows, int64_t cols, int64_t ld, Params<Wide<T>> p,
                             int code, Wide<T>* __restrict s1, Wide<T>* __restrict s2) {
   using W = Wide<T>;
   constexpr int64_t kLength = kColumns ? kCols : kLanes;
-  const bool given = kLinear ? kResidual : residual != nullptr;
+  const bool kept = kLinear ? kResidual : dz_out != nullptr;
   alignas(64) W part1[kLength] = {}, part2[kLength] = {}, sum1[kLength] = {}, sum2[kLength] = {};
   for_groups<kColumns>(rows, [&](int64_t r0, int64_t nr) __attribute__((always_inline)) {
     const auto add = [&](int64_t c, int64_t n, int64_t at, const auto& dz_at) __attribute__((always_inline)) {
@@ -209,11 +209,11 @@ FASTGEN_BODY void sums_tile(const T* __restrict x, const T* __restrict residual,
           const W d = static_cast<W>(x[at + j + l]) - param<kColumns>(p.mean, c + j + l), dz = dz_at(j + l);
           part1[l] += dz;
           part2[l] += dz * d;
-          if (given) dresidual[at + j + l] = static_cast<T>(dz);
+          if (kept) dz_out[at + j + l] = static_cast<T>(dz);
         }
       }
     };
-    const T* added = given ? residual + r0 * ld : nullptr;
+    const T* added = residual != nullptr ? residual + r0 * ld : nullptr;
     for_dz<kColumns, kResidual, kLinear>(x + r0 * ld, added, dy + r0 * ld, nr, cols, ld, p, code, add);
     put_aside(part1, sum1, kColumns ? cols : kLanes);
     put_aside(part2, sum2, kColumns ? cols : kLanes);
@@ -224,45 +224,52 @@ FASTGEN_BODY void sums_tile(const T* __restrict x, const T* __restrict residual,
     *s1 = fold(sum1), *s2 = fold(sum2);
 }
 
-// s1 = sum dz, s2 = sum dz (x - mean), of each column or of the whole tile, and dresidual = dz where there is one.
+// s1 = sum dz, s2 = sum dz (x - mean), of each column or of the whole tile. dz_out = dz, unless null: it is the
+// residual's gradient, and where dz is dear (not linear) it saves the second pass an activation.
 template <bool kColumns, typename T>
-FASTGEN_BODY void sums_body(const T* x, const T* residual, const T* dy, T* dresidual, int64_t rows, int64_t cols,
+FASTGEN_BODY void sums_body(const T* x, const T* residual, const T* dy, T* dz_out, int64_t rows, int64_t cols,
                             int64_t ld, Params<Wide<T>> p, int code, Wide<T>* s1, Wide<T>* s2) {
   if (!is_linear(code))
-    sums_tile<kColumns, false, false>(x, residual, dy, dresidual, rows, cols, ld, p, code, s1, s2);
+    sums_tile<kColumns, false, false>(x, residual, dy, dz_out, rows, cols, ld, p, code, s1, s2);
   else if (residual != nullptr)
-    sums_tile<kColumns, true, true>(x, residual, dy, dresidual, rows, cols, ld, p, code, s1, s2);
+    sums_tile<kColumns, true, true>(x, residual, dy, dz_out, rows, cols, ld, p, code, s1, s2);
   else
-    sums_tile<kColumns, false, true>(x, residual, dy, dresidual, rows, cols, ld, p, code, s1, s2);
+    sums_tile<kColumns, false, true>(x, residual, dy, dz_out, rows, cols, ld, p, code, s1, s2);
 }
 
-template <bool kColumns, bool kLinear, bool kCentred, typename T>
+template <bool kColumns, bool kInPlace, bool kCentred, typename T>
 FASTGEN_BODY void dx_tile(const T* __restrict x, const T* __restrict dy, T* __restrict dx, int64_t rows, int64_t cols,
                           int64_t ld, Params<Wide<T>> p, const Wide<T>* __restrict k1, const Wide<T>* __restrict k2,
                           int code) {
   using W = Wide<T>;
-  const bool centred = kLinear ? kCentred : k1 != nullptr;
   const auto write = [&](int64_t c, int64_t n, int64_t at, const auto& dz) __attribute__((always_inline)) {
     for (int64_t i = 0; i < n; ++i) {
       W value = param<kColumns>(p.a, c + i) * dz(i);
       const W d = static_cast<W>(x[at + i]) - param<kColumns>(p.mean, c + i);
-      if (centred) value = value - param<kColumns>(k1, c + i) - d * param<kColumns>(k2, c + i);
+      if (kCentred) value = value - param<kColumns>(k1, c + i) - d * param<kColumns>(k2, c + i);
       dx[at + i] = static_cast<T>(value);
     }
   };
-  for_dz<kColumns, false, kLinear>(x, static_cast<const T*>(nullptr), dy, rows, cols, ld, p, code, write);
+  if constexpr (kInPlace)
+    for (int64_t r = 0; r < rows; ++r)
+      write(0, cols, r * ld, [&](int64_t i) __attribute__((always_inline)) { return static_cast<W>(dx[r * ld + i]); });
+  else
+    for_dz<kColumns, false, true>(x, static_cast<const T*>(nullptr), dy, rows, cols, ld, p, code, write);
 }
 
-// dx = a dz - k1 - (x - mean) k2, or without the means (k1 null): dx = a dz. See pool_sums
+// dx = a dz - k1 - (x - mean) k2, or without the means (k1 null): dx = a dz. See pool_sums. code: of an activation
+// that is linear; dy null: dz stands in dx
 template <bool kColumns, typename T>
 FASTGEN_BODY void dx_body(const T* x, const T* dy, T* dx, int64_t rows, int64_t cols, int64_t ld, Params<Wide<T>> p,
                           const Wide<T>* k1, const Wide<T>* k2, int code) {
-  if (!is_linear(code))
-    dx_tile<kColumns, false, false>(x, dy, dx, rows, cols, ld, p, k1, k2, code);
-  else if (k1 != nullptr)
+  if (dy == nullptr && k1 != nullptr)
     dx_tile<kColumns, true, true>(x, dy, dx, rows, cols, ld, p, k1, k2, code);
-  else
+  else if (dy == nullptr)
     dx_tile<kColumns, true, false>(x, dy, dx, rows, cols, ld, p, k1, k2, code);
+  else if (k1 != nullptr)
+    dx_tile<kColumns, false, true>(x, dy, dx, rows, cols, ld, p, k1, k2, code);
+  else
+    dx_tile<kColumns, false, false>(x, dy, dx, rows, cols, ld, p, k1, k2, code);
 }
 
 // Tile `part` of its channels: rows by cols elements, the first at offset; its results stand from slot on.
@@ -465,26 +472,27 @@ void batch_norm_act_bwd(const Tensor& dy, const Tensor& x, const OptTensor& resi
     Affine<W> affine(g, weight, bias, mean, var, eps);
     affine.fill(0, g.c);
     std::vector<W> s1(g.slots()), s2(g.slots()), k1(g.c), k2(g.c);
+    // Where dz is kept between the passes, if it is: nothing is left of the activation then.
+    T* kept = dadded != nullptr ? dadded : is_linear(code) ? nullptr : target;
+    const int left = kept != nullptr ? static_cast<int>(kNone) : code;
     const auto write = [&](const Tile& t) {
-      // With a residual, dz has been written already: it is the residual's gradient.
-      const T* given = dadded != nullptr ? dadded : up;
-      const int left = dadded != nullptr ? static_cast<int>(kNone) : code;
+      const T* given = kept == target ? nullptr : (kept != nullptr ? kept : up) + t.offset;
       const W *mean1 = training ? &k1[t.channel] : nullptr, *mean2 = &k2[t.channel];
       if (g.columns)
-        multiversion<dx_body<true, T>>(source + t.offset, given + t.offset, target + t.offset, t.rows, t.cols, g.ld,
+        multiversion<dx_body<true, T>>(source + t.offset, given, target + t.offset, t.rows, t.cols, g.ld,
                                        affine.at(t.channel), mean1, mean2, left);
       else
-        multiversion<dx_body<false, T>>(source + t.offset, given + t.offset, target + t.offset, t.rows, t.cols, g.ld,
+        multiversion<dx_body<false, T>>(source + t.offset, given, target + t.offset, t.rows, t.cols, g.ld,
                                         affine.at(t.channel), mean1, mean2, left);
     };
     const auto sums = [&](const Tile& t) {
       const T* r = added != nullptr ? added + t.offset : nullptr;
-      T* dr = dadded != nullptr ? dadded + t.offset : nullptr;
+      T* dz = kept != nullptr ? kept + t.offset : nullptr;
       if (g.columns)
-        multiversion<sums_body<true, T>>(source + t.offset, r, up + t.offset, dr, t.rows, t.cols, g.ld,
+        multiversion<sums_body<true, T>>(source + t.offset, r, up + t.offset, dz, t.rows, t.cols, g.ld,
                                          affine.at(t.channel), code, &s1[t.slot], &s2[t.slot]);
       else
-        multiversion<sums_body<false, T>>(source + t.offset, r, up + t.offset, dr, t.rows, t.cols, g.ld,
+        multiversion<sums_body<false, T>>(source + t.offset, r, up + t.offset, dz, t.rows, t.cols, g.ld,
                                           affine.at(t.channel), code, &s1[t.slot], &s2[t.slot]);
       if (!training) write(t);
     };

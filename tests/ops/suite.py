@@ -41,7 +41,8 @@ NOISE = {
 }
 # Arguments with one row per image (model_out has two where there is guidance).
 BATCHED = (
-    "mu", "logvar", "noise", "seeds", "x0", "t", "x_t", "model_out", "history", "x", "skip", "scale", "shift", "residual",
+    "mu", "logvar", "noise", "seeds", "x0", "t", "x_t", "model_out", "history", "x", "skip", "scale", "shift",
+    "residual",
 )  # fmt: skip
 
 
