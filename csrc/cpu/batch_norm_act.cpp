@@ -272,7 +272,7 @@ FASTGEN_BODY void dx_body(const T* x, const T* dy, T* dx, int64_t rows, int64_t 
     dx_tile<kColumns, false, false>(x, dy, dx, rows, cols, ld, p, k1, k2, code);
 }
 
-// Tile `part` of its channels: rows by cols elements, the first at offset; its results stand from slot on.
+// rows by cols elements, the first at offset, of channel (channels last: from that column on); results stand from slot on.
 struct Tile {
   int64_t channel, rows, cols, offset, slot;
 };
@@ -281,6 +281,7 @@ struct Tile {
 struct Geometry {
   int64_t n, c, s;            // s: the product of the spatial sizes
   bool columns;               // channels last
+  int64_t repeat, width;      // pixels in a row of the matrix, so that few channels fill it; its columns: C repeat
   int64_t rows, cols, ld;     // of a tile
   int64_t pieces, parts;      // tiles along a plane (contiguous); tiles of a channel
   bool whole;                 // a thread does all of a channel at once
@@ -288,21 +289,24 @@ struct Geometry {
   explicit Geometry(const Tensor& x) : n(x.size(0)), c(x.size(1)) {
     s = x.numel() / (n * c);
     columns = !x.is_contiguous() || s == 1;
+    repeat = 1;
+    while (columns && 2 * repeat * c <= kLanes && n * s % (2 * repeat) == 0) repeat *= 2;
+    width = c * repeat;
     rows = columns ? kRows : std::clamp<int64_t>(kTile / s, 1, n);
-    cols = columns ? std::min(kCols, c) : std::min(kTile, s);
-    ld = columns ? c : c * s;
+    cols = columns ? std::min(kCols, width) : std::min(kTile, s);
+    ld = columns ? width : c * s;
     pieces = columns ? 1 : (s + cols - 1) / cols;
-    parts = columns ? (n * s + rows - 1) / rows : (n + rows - 1) / rows * pieces;
+    parts = columns ? (n * s / repeat + rows - 1) / rows : (n + rows - 1) / rows * pieces;
     whole = !columns && c >= kManyChannels && n * s * static_cast<int64_t>(x.element_size()) <= kCached;
   }
-  int64_t slots() const { return c * parts; }
-  int64_t slot(int64_t part, int64_t channel) const { return columns ? part * c + channel : channel * parts + part; }
+  int64_t slots() const { return width * parts; }
+  int64_t slot(int64_t part, int64_t column) const { return columns ? part * width + column : column * parts + part; }
   Tile tile(int64_t part, int64_t channel) const {
-    const int64_t row = part / pieces * rows, col = part % pieces * cols, last = columns ? n * s : n;
-    return {channel, std::min(rows, last - row), columns ? std::min(cols, c - channel) : std::min(cols, s - col),
+    const int64_t row = part / pieces * rows, col = part % pieces * cols, last = columns ? n * s / repeat : n;
+    return {channel, std::min(rows, last - row), columns ? std::min(cols, width - channel) : std::min(cols, s - col),
             columns ? row * ld + channel : row * ld + channel * s + col, slot(part, channel)};
   }
-  // The elements that a channel has in one part.
+  // The elements that a slot of the part stands for.
   int64_t count(int64_t part) const {
     const Tile t = tile(part, 0);
     return columns ? t.rows : t.rows * t.cols;
@@ -313,7 +317,7 @@ struct Geometry {
 // cache.
 template <typename F>
 void for_tiles(const Geometry& g, bool backwards, const F& f) {
-  const int64_t across = g.columns ? (g.c + g.cols - 1) / g.cols : g.c, grain = kGrain / (g.rows * g.cols) + 1;
+  const int64_t across = g.columns ? (g.width + g.cols - 1) / g.cols : g.c, grain = kGrain / (g.rows * g.cols) + 1;
   torch::stable::parallel_for(0, across * g.parts, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t k = backwards ? end - 1 - (i - begin) : i;
@@ -348,48 +352,56 @@ void for_channels(int64_t begin, int64_t end, const F& f) {
   for (int64_t c = begin; c < end; c += kPool) f(c, std::min(kPool, end - c));
 }
 
+// Calls f(slot, channel - c0, elements that the slot stands for) for every slot of nc channels.
+template <typename F>
+void for_slots(const Geometry& g, int64_t c0, int64_t nc, const F& f) {
+  for (int64_t part = 0; part < g.parts; ++part) {
+    const double count = static_cast<double>(g.count(part));
+    for (int64_t column = c0; column < g.width; column += g.c)
+      for (int64_t i = 0; i < nc; ++i) f(g.slot(part, column + i), i, count);
+  }
+}
+
 // Mean and variance of the channels from their tiles' means and centred sums of squares, in fp64.
 template <typename W>
 void pool_moments(const Geometry& g, const std::vector<W>& means, const std::vector<W>& m2s, int64_t c0, int64_t nc,
                   W* mean, W* var) {
   const double total = static_cast<double>(g.n * g.s);
   double average[kPool] = {}, squares[kPool] = {};
-  for (int64_t part = 0; part < g.parts; ++part) {
-    const double count = static_cast<double>(g.count(part));
-    for (int64_t i = 0; i < nc; ++i) average[i] += count * means[g.slot(part, c0 + i)];
-  }
+  for_slots(g, c0, nc, [&](int64_t slot, int64_t i, double count) { average[i] += count * means[slot]; });
   for (int64_t i = 0; i < nc; ++i) average[i] /= total;
-  for (int64_t part = 0; part < g.parts; ++part) {
-    const double count = static_cast<double>(g.count(part));
-    for (int64_t i = 0; i < nc; ++i) {
-      const double delta = means[g.slot(part, c0 + i)] - average[i];
-      squares[i] += m2s[g.slot(part, c0 + i)] + count * delta * delta;
-    }
-  }
+  for_slots(g, c0, nc, [&](int64_t slot, int64_t i, double count) {
+    const double delta = means[slot] - average[i];
+    squares[i] += m2s[slot] + count * delta * delta;
+  });
   for (int64_t i = 0; i < nc; ++i) {
     mean[c0 + i] = static_cast<W>(average[i]);
     var[c0 + i] = static_cast<W>(squares[i] / total);
   }
 }
 
-// What z needs of a channel, from its statistics and parameters: rstd, a, b.
+// What z needs of each column, from its channel's statistics and parameters.
 template <typename W>
 struct Affine {
+  const Geometry& g;
   const W *weight, *bias, *mean, *var;
   double eps;
-  std::vector<W> rstd, a, b;
+  std::vector<W> m, rstd, a, b;
 
-  Affine(const Geometry& g, const OptTensor& w, const OptTensor& beta, const Tensor& m, const Tensor& v, double e)
-      : weight(in<W>(w)), bias(in<W>(beta)), mean(in<W>(m)), var(in<W>(v)), eps(e), rstd(g.c), a(g.c), b(g.c) {}
+  Affine(const Geometry& geometry, const OptTensor& w, const OptTensor& beta, const Tensor& mu, const Tensor& v, double e)
+      : g(geometry), weight(in<W>(w)), bias(in<W>(beta)), mean(in<W>(mu)), var(in<W>(v)), eps(e),
+        m(g.width), rstd(g.width), a(g.width), b(g.width) {}
 
   void fill(int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
-      rstd[c] = static_cast<W>(1.0 / std::sqrt(static_cast<double>(var[c]) + eps));
-      a[c] = weight != nullptr ? weight[c] * rstd[c] : rstd[c];
-      b[c] = bias != nullptr ? bias[c] : W(0);
-    }
+    for (int64_t c = begin; c < end; ++c)
+      for (int64_t i = c; i < g.width; i += g.c) {
+        m[i] = mean[c];
+        rstd[i] = static_cast<W>(1.0 / std::sqrt(static_cast<double>(var[c]) + eps));
+        a[i] = weight != nullptr ? weight[c] * rstd[i] : rstd[i];
+        b[i] = bias != nullptr ? bias[c] : W(0);
+      }
   }
-  Params<W> at(int64_t c) const { return {mean + c, &a[c], &b[c]}; }
+  Params<W> at(int64_t column) const { return {&m[column], &a[column], &b[column]}; }
 };
 
 // x, residual, y: [N, C, *], all in one dense layout; weight, bias, mean, var: [C], fp32 (fp64 for fp64). training:
@@ -442,18 +454,19 @@ template <typename W>
 void pool_sums(const Geometry& g, const Affine<W>& affine, const std::vector<W>& s1, const std::vector<W>& s2,
                int64_t c0, int64_t nc, W* dweight, W* dbias, std::vector<W>& k1, std::vector<W>& k2) {
   double one[kPool] = {}, two[kPool] = {};
-  for (int64_t part = 0; part < g.parts; ++part)
-    for (int64_t i = 0; i < nc; ++i) {
-      one[i] += s1[g.slot(part, c0 + i)];
-      two[i] += s2[g.slot(part, c0 + i)];
-    }
+  for_slots(g, c0, nc, [&](int64_t slot, int64_t i, double) {
+    one[i] += s1[slot];
+    two[i] += s2[slot];
+  });
   const double m = static_cast<double>(g.n * g.s);
   for (int64_t i = 0; i < nc; ++i) {
     const double a = affine.a[c0 + i], rstd = affine.rstd[c0 + i];
     dbias[c0 + i] = static_cast<W>(one[i]);
     dweight[c0 + i] = static_cast<W>(two[i] * rstd);
-    k1[c0 + i] = static_cast<W>(a * one[i] / m);
-    k2[c0 + i] = static_cast<W>(a * rstd * rstd * two[i] / m);
+    for (int64_t column = c0 + i; column < g.width; column += g.c) {
+      k1[column] = static_cast<W>(a * one[i] / m);
+      k2[column] = static_cast<W>(a * rstd * rstd * two[i] / m);
+    }
   }
 }
 
@@ -471,7 +484,7 @@ void batch_norm_act_bwd(const Tensor& dy, const Tensor& x, const OptTensor& resi
     T *target = out<T>(dx), *dadded = out<T>(dresidual);
     Affine<W> affine(g, weight, bias, mean, var, eps);
     affine.fill(0, g.c);
-    std::vector<W> s1(g.slots()), s2(g.slots()), k1(g.c), k2(g.c);
+    std::vector<W> s1(g.slots()), s2(g.slots()), k1(g.width), k2(g.width);
     // Where dz is kept between the passes, if it is: nothing is left of the activation then.
     T* kept = dadded != nullptr ? dadded : is_linear(code) ? nullptr : target;
     const int left = kept != nullptr ? static_cast<int>(kNone) : code;
