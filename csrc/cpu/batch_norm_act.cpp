@@ -272,7 +272,8 @@ FASTGEN_BODY void dx_body(const T* x, const T* dy, T* dx, int64_t rows, int64_t 
     dx_tile<kColumns, false, false>(x, dy, dx, rows, cols, ld, p, k1, k2, code);
 }
 
-// rows by cols elements, the first at offset, of channel (channels last: from that column on); results stand from slot on.
+// rows by cols elements, the first at offset, of one channel (channels last: from that column on). Its results stand
+// from slot on.
 struct Tile {
   int64_t channel, rows, cols, offset, slot;
 };
@@ -388,9 +389,10 @@ struct Affine {
   double eps;
   std::vector<W> m, rstd, a, b;
 
-  Affine(const Geometry& geometry, const OptTensor& w, const OptTensor& beta, const Tensor& mu, const Tensor& v, double e)
-      : g(geometry), weight(in<W>(w)), bias(in<W>(beta)), mean(in<W>(mu)), var(in<W>(v)), eps(e),
-        m(g.width), rstd(g.width), a(g.width), b(g.width) {}
+  Affine(const Geometry& geometry, const OptTensor& w, const OptTensor& beta, const Tensor& mu, const Tensor& v,
+         double e)
+      : g(geometry), weight(in<W>(w)), bias(in<W>(beta)), mean(in<W>(mu)), var(in<W>(v)), eps(e), m(g.width),
+        rstd(g.width), a(g.width), b(g.width) {}
 
   void fill(int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c)
@@ -528,9 +530,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastgen_cpp, m) {
       "batch_norm_act_fwd(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, bool training, float eps, int act, "
       "Tensor(a!) y, Tensor(b!) mean, Tensor(c!) var) -> ()");
   m.def(
-      "batch_norm_act_bwd(Tensor dy, Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, "
-      "bool training, float eps, int act, Tensor(a!) dx, Tensor(b!)? dresidual, Tensor(c!) dweight, Tensor(d!) dbias) "
-      "-> ()");
+      "batch_norm_act_bwd(Tensor dy, Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor mean, "
+      "Tensor var, bool training, float eps, int act, Tensor(a!) dx, Tensor(b!)? dresidual, Tensor(c!) dweight, "
+      "Tensor(d!) dbias) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastgen_cpp, CPU, m) {
   m.impl("batch_norm_act_fwd", TORCH_BOX(&fastgen::batch_norm_act_fwd));

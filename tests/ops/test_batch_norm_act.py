@@ -220,7 +220,8 @@ def test_infinities_pass_frozen_statistics_as_in_eager():
 # images that share a tile, more channels than a tile is wide, no plane at all, five dimensions; channels last, few
 # channels, whose pixels share a row of the matrix, and an odd number of pixels.
 SHAPES = [
-    (3, 40, 9, 11), (5, 33, 1, 3), (2, 3, 70, 90), (300, 4, 3, 5), (9, 600, 2, 2), (70, 130), (3, 5, 2, 3, 4), (3, 3, 5, 7),
+    (3, 40, 9, 11), (5, 33, 1, 3), (2, 3, 70, 90), (300, 4, 3, 5), (9, 600, 2, 2), (70, 130), (3, 5, 2, 3, 4),
+    (3, 3, 5, 7),
 ]  # fmt: skip
 
 
