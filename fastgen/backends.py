@@ -32,6 +32,7 @@ STEMS = {
     "philox_normal": "philox",
     "reparameterize": "reparameterize",
     "group_norm_act": "group_norm_act",
+    "batch_norm_act": "batch_norm_act",
     "q_sample": "q_sample",
     "diffusion_step": "diffusion_step",
     "to_uint8": "to_uint8",

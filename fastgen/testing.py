@@ -164,6 +164,39 @@ def _group_norm_act(
     return OpCase("group_norm_act", "-".join(p for p in parts if p), make, differentiable, ("x", "skip"), bench)
 
 
+def _batch_norm_act(
+    *shape: int,
+    training: bool,
+    running: bool = False,
+    act: str = "relu",
+    affine: bool = True,
+    residual: bool = False,
+    bench: bool = False,
+) -> OpCase:
+    """Running statistics are there where training is False, and with ``running``."""
+
+    def make(g: torch.Generator) -> Inputs:
+        c = shape[1]
+        made: Inputs = {"x": _normal(g, *shape) * 2 + 1, "training": training, "eps": 1e-5, "act": act}
+        if running or not training:
+            made |= {"running_mean": _normal(g, c) + 1, "running_var": _normal(g, c).square() + 1, "momentum": 0.25}
+        if affine:
+            made |= {"weight": _normal(g, c), "bias": _normal(g, c)}
+        if residual:
+            made["residual"] = _normal(g, *shape) - 1
+        return made
+
+    parts = [
+        _shape(*shape),
+        ("train-running" if running else "train") if training else "eval",
+        act,
+        None if affine else "plain",
+        residual and "residual",
+    ]
+    differentiable = ("x", "weight", "bias", "residual")
+    return OpCase("batch_norm_act", "-".join(p for p in parts if p), make, differentiable, ("x", "residual"), bench)
+
+
 def _to_uint8(*shape: int, bench: bool = False) -> OpCase:
     return OpCase("to_uint8", _shape(*shape), lambda g: {"x": _normal(g, *shape)}, (), ("x",), bench)
 
@@ -213,6 +246,21 @@ CASES: dict[str, list[OpCase]] = {
         _group_norm_act(4, 128, 64, 64, groups=32, bench=True), _group_norm_act(4, 256, 16, 16, groups=32, bench=True),
         _group_norm_act(1, 128, 256, 256, groups=32, bench=True),
         _group_norm_act(4, 256, 32, 32, groups=32, scale_shift=True, skip=128, bench=True),
+    ],
+    "batch_norm_act": [
+        _batch_norm_act(3, 5, 4, 7, training=True, act="silu", residual=True),
+        _batch_norm_act(3, 6, 5, 3, training=False, residual=True),
+        _batch_norm_act(4, 3, 5, 3, training=True, running=True), _batch_norm_act(5, 1, 1, 1, training=True),
+        _batch_norm_act(1, 1, 1, 1, training=False), _batch_norm_act(5, 12, training=True, act="gelu"),
+        _batch_norm_act(3, 4, 9, training=True, running=True, affine=False, residual=True),
+        _batch_norm_act(0, 8, 4, 4, training=False), _batch_norm_act(0, 8, 4, 4, training=True, running=True),
+        _batch_norm_act(2, 130, 11, 13, training=True), _batch_norm_act(2, 3, 61, 71, training=True, act="leaky_relu"),
+        *(_batch_norm_act(2, 4, 3, 5, training=t, act=act) for act in ACTIVATIONS for t in (True, False)),
+        _batch_norm_act(64, 256, 16, 16, training=True, running=True, bench=True),
+        _batch_norm_act(16, 64, 64, 64, training=True, running=True, residual=True, bench=True),
+        _batch_norm_act(64, 512, 4, 4, training=True, running=True, bench=True),
+        _batch_norm_act(64, 64, 32, 32, training=True, running=True, act="leaky_relu", bench=True),
+        _batch_norm_act(16, 64, 64, 64, training=False, residual=True, bench=True),
     ],
     "to_uint8": [
         _to_uint8(2, 3, 5, 7), _to_uint8(1, 1, 1, 1), _to_uint8(0, 3, 4, 4), _to_uint8(2, 4, 33, 31),
@@ -288,6 +336,14 @@ def _eager_group_norm_act(
     return ACTIVATIONS[act][1](y)
 
 
+def _eager_batch_norm_act(
+    x: Tensor, running_mean: Any = None, running_var: Any = None, weight: Any = None, bias: Any = None,
+    training: bool = False, momentum: float = 0.1, eps: float = 1e-5, act: str = "relu", residual: Any = None,
+) -> Tensor:  # fmt: skip
+    y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    return ACTIVATIONS[act][1](y if residual is None else y + residual)
+
+
 def _eager_to_uint8(x: Tensor) -> Tensor:
     return (x.clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
@@ -297,6 +353,7 @@ EAGER: dict[str, Callable] = {
     "q_sample": _eager_q_sample,
     "diffusion_step": _eager_diffusion_step,
     "group_norm_act": _eager_group_norm_act,
+    "batch_norm_act": _eager_batch_norm_act,
     "to_uint8": _eager_to_uint8,
     "attention": ops.attention_reference,
     "philox_normal": lambda seeds, shape, step, stream: torch.randn((len(seeds), *shape), device=seeds.device),

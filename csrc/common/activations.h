@@ -104,8 +104,9 @@ FASTGEN_HD T act_grad(T x) {
     return s + T(2) * x * s * rest * T(0.7978845608028654) * (T(1) + T(3 * 0.044715) * x * x);
   }
   if constexpr (kAct == kTanh) {
-    const T t = tanh_(x);
-    return T(1) - t * t;
+    T s, rest;
+    sigmoid_pair(T(2) * x, s, rest);
+    return T(4) * s * rest;  // 1 - tanh² would cancel
   }
   if constexpr (kAct == kSigmoid) {
     T s, rest;

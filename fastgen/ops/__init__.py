@@ -2,6 +2,7 @@
 
 from fastgen.ops.activations import ACTIVATIONS
 from fastgen.ops.attention import attention, attention_reference
+from fastgen.ops.batch_norm_act import batch_norm_act, batch_norm_act_reference
 from fastgen.ops.diffusion_step import diffusion_step, diffusion_step_reference
 from fastgen.ops.group_norm_act import group_norm_act, group_norm_act_reference
 from fastgen.ops.philox import (
@@ -20,6 +21,8 @@ __all__ = [
     "Stream",
     "attention",
     "attention_reference",
+    "batch_norm_act",
+    "batch_norm_act_reference",
     "diffusion_step",
     "diffusion_step_reference",
     "group_norm_act",

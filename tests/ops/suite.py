@@ -25,8 +25,12 @@ from fastgen import backends, ops, testing
 from fastgen.ops.diffusion_step import KEEP
 from fastgen.testing import Inputs, OpCase, max_error, tolerance
 
-# The ops with kernels in C++ and in Triton, and a table of cases.
-NATIVE = ("philox_normal", "reparameterize", "q_sample", "diffusion_step", "group_norm_act", "to_uint8")
+# The ops with kernels in C++, most of them in Triton too, and a table of cases.
+NATIVE = (
+    "philox_normal", "reparameterize", "q_sample", "diffusion_step", "group_norm_act", "batch_norm_act", "to_uint8",
+)  # fmt: skip
+# Those of them whose Triton kernels are still to come.
+CPP_ONLY = ("batch_norm_act",)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 # The noise that an op makes from seeds: (stream, the argument that is its step).
@@ -36,7 +40,10 @@ NOISE = {
     "diffusion_step": (ops.Stream.STEP, "step"),
 }
 # Arguments with one row per image (model_out has two where there is guidance).
-BATCHED = ("mu", "logvar", "noise", "seeds", "x0", "t", "x_t", "model_out", "history", "x", "skip", "scale", "shift")
+BATCHED = (
+    "mu", "logvar", "noise", "seeds", "x0", "t", "x_t", "model_out", "history", "x", "skip", "scale", "shift",
+    "residual",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -78,7 +85,7 @@ def schema_args(name: str, inputs: Inputs, backend: str | None) -> list[Any]:
 def dispatch(op: str, inputs: Inputs, backend: str | None = None) -> list[Tensor]:
     """The op by way of the dispatcher, cut down to what the public function returns."""
     out = flat(getattr(torch.ops.fastgen, op).default(*schema_args(op, inputs, backend)))
-    if op == "group_norm_act":
+    if op in ("group_norm_act", "batch_norm_act"):
         return out[:1]
     if op == "diffusion_step":
         return out if inputs["keep"] else out[:1]
@@ -555,7 +562,7 @@ class OpSuite:
             run(case, case.inputs(device=device), lambda i: dispatch(self.op, i))
         (f, args), *_ = [call for call in recorder.calls if call[0].name().endswith("_bwd")]
         again = [
-            a.detach().clone().requires_grad_(a.is_floating_point() and s.name not in ("mean", "rstd"))
+            a.detach().clone().requires_grad_(a.is_floating_point() and s.name not in ("mean", "rstd", "var"))
             if isinstance(a, Tensor)
             else a
             for a, s in zip(args, f._schema.arguments, strict=True)
