@@ -37,6 +37,8 @@ STEMS = {
     "diffusion_step": "diffusion_step",
     "to_uint8": "to_uint8",
     "attention": "attention",
+    "conv2d": "conv2d",
+    "norm_act_conv2d": "conv2d",
 }
 
 # What "auto" tries, best first; an op that is not named takes the device's default.

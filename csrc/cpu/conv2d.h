@@ -158,6 +158,18 @@ constexpr int64_t kSkew = 16;              // keeps F equal strides from falling
 
 enum Algorithm : int64_t { kDirect, kF23, kF43, kF32 };
 
+constexpr int64_t kGroup = 64;             // output channels that one task computes together
+
+template <typename Body>
+auto for_algorithm(int64_t algorithm, const Body& body) {
+  switch (algorithm) {
+    case kF23: return body(F23{});
+    case kF43: return body(F43{});
+    case kF32: return body(F32{});
+    default: return body(Direct{});
+  }
+}
+
 template <typename F>
 constexpr int64_t kNumbers = F::kIn * F::kIn;
 

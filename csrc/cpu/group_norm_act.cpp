@@ -295,6 +295,17 @@ void statistics(const Geometry& g, const T* const source[2], double eps, Wide<T>
     }
 }
 
+// Only the statistics of the groups; see group_norm_act_fwd.
+void group_norm_act_statistics(const Tensor& x, const OptTensor& skip, int64_t num_groups, double eps,
+                               const Tensor& mean, const Tensor& rstd) {
+  const Geometry g(x, skip, num_groups);
+  for_dtype(x, "group_norm_act", [&](auto zero) {
+    using T = decltype(zero);
+    const T* source[2] = {in<T>(x), in<T>(skip)};
+    statistics(g, source, eps, out<Wide<T>>(mean), out<Wide<T>>(rstd));
+  });
+}
+
 // x: [N, C1, *], skip: [N, C2, *], y: [N, C, *], all in one dense layout; weight, bias: [C]; scale, shift: [N, C];
 // mean, rstd: [N, G]. The parameters and statistics are fp32 (fp64 for fp64).
 void group_norm_act_fwd(const Tensor& x, const OptTensor& skip, const OptTensor& weight, const OptTensor& bias,
@@ -414,11 +425,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastgen_cpp, m) {
       "group_norm_act_fwd(Tensor x, Tensor? skip, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, "
       "int num_groups, float eps, int act, Tensor(a!) y, Tensor(b!) mean, Tensor(c!) rstd) -> ()");
   m.def(
+      "group_norm_act_statistics(Tensor x, Tensor? skip, int num_groups, float eps, Tensor(a!) mean, "
+      "Tensor(b!) rstd) -> ()");
+  m.def(
       "group_norm_act_bwd(Tensor dy, Tensor x, Tensor? skip, Tensor? weight, Tensor? bias, Tensor? scale, "
       "Tensor? shift, Tensor mean, Tensor rstd, int num_groups, int act, Tensor(a!) dx, Tensor(b!)? dskip, "
       "Tensor(c!) sum_dz, Tensor(d!) sum_dz_xhat) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastgen_cpp, CPU, m) {
   m.impl("group_norm_act_fwd", TORCH_BOX(&fastgen::group_norm_act_fwd));
+  m.impl("group_norm_act_statistics", TORCH_BOX(&fastgen::group_norm_act_statistics));
   m.impl("group_norm_act_bwd", TORCH_BOX(&fastgen::group_norm_act_bwd));
 }

@@ -3,6 +3,7 @@
 from fastgen.ops.activations import ACTIVATIONS
 from fastgen.ops.attention import attention, attention_reference
 from fastgen.ops.batch_norm_act import batch_norm_act, batch_norm_act_reference
+from fastgen.ops.conv2d import conv2d, conv2d_reference, norm_act_conv2d, norm_act_conv2d_reference
 from fastgen.ops.diffusion_step import diffusion_step, diffusion_step_reference
 from fastgen.ops.group_norm_act import group_norm_act, group_norm_act_reference
 from fastgen.ops.philox import (
@@ -23,10 +24,14 @@ __all__ = [
     "attention_reference",
     "batch_norm_act",
     "batch_norm_act_reference",
+    "conv2d",
+    "conv2d_reference",
     "diffusion_step",
     "diffusion_step_reference",
     "group_norm_act",
     "group_norm_act_reference",
+    "norm_act_conv2d",
+    "norm_act_conv2d_reference",
     "philox_bits",
     "philox_bits_reference",
     "philox_normal",

@@ -25,7 +25,7 @@ ACTIVATIONS: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
 }
 
 
-def check_act(act: str) -> None:
+def check_act(act: str, name: str = "act") -> None:
     """Raises ValueError, with the names there are, for an unknown activation."""
     if act not in ACTIVATIONS:
-        raise ValueError(f"act must be one of {', '.join(ACTIVATIONS)}, not {act!r}")
+        raise ValueError(f"{name} must be one of {', '.join(ACTIVATIONS)}, not {act!r}")

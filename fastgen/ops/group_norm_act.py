@@ -44,11 +44,14 @@ def group_norm_act(
     Differentiable in every tensor, twice too. Raises ValueError that names the argument at fault.
     """
     check_act(act)
-    _check(x, num_groups, weight, bias, scale, shift, skip)
+    check_norm(x, num_groups, weight, bias, scale, shift, skip)
     return _FORWARD(x, num_groups, weight, bias, eps, act, scale, shift, skip, backend)[0]
 
 
-def _check(x: Tensor, num_groups: int, weight: Any, bias: Any, scale: Any, shift: Any, skip: Any) -> None:
+def check_norm(
+    x: Tensor, num_groups: int, weight: Any, bias: Any, scale: Any, shift: Any, skip: Any, prefix: str = ""
+) -> None:
+    """Raises ValueError that names the argument at fault; weight and bias are called ``prefix`` + that."""
     if x.ndim < 2 or not x.is_floating_point():
         raise ValueError(f"x must be a floating tensor [N, C, *], not {x.dtype} {list(x.shape)}")
     channels = x.shape[1]
@@ -59,12 +62,12 @@ def _check(x: Tensor, num_groups: int, weight: Any, bias: Any, scale: Any, shift
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"num_groups must divide the {channels} channels, and {num_groups} does not")
     for name, p, shape in (
-        ("weight", weight, (channels,)), ("bias", bias, (channels,)),
+        (f"{prefix}weight", weight, (channels,)), (f"{prefix}bias", bias, (channels,)),
         ("scale", scale, (x.shape[0], channels)), ("shift", shift, (x.shape[0], channels)),
     ):  # fmt: skip
         if p is not None and tuple(p.shape) != shape:
             raise ValueError(f"{name} must have the shape {list(shape)}, not {list(p.shape)}")
-    for name, p in (("weight", weight), ("bias", bias), ("scale", scale), ("shift", shift), ("skip", skip)):
+    for name, p in ((f"{prefix}weight", weight), (f"{prefix}bias", bias), ("scale", scale), ("shift", shift), ("skip", skip)):
         if p is not None and p.device != x.device:
             raise ValueError(f"{name} is on {p.device}, x on {x.device}; move one of them")
 
@@ -173,17 +176,38 @@ def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple:
         dy, x, ctx.num_groups, weight, bias, ctx.eps, ctx.act, scale, shift, skip, mean, rstd, ctx.backend
     )
     needs = ctx.needs_input_grad
-    dweight = dbias = dscale = dshift = None
-    if weight is not None and needs[2]:
-        dweight = (s2 if scale is None else s2 * (1 + scale)).sum(0).to(weight.dtype)
-    if bias is not None and needs[3]:
-        dbias = (s1 if scale is None else s1 * (1 + scale)).sum(0).to(bias.dtype)
-    if scale is not None and needs[6]:
-        dscale = s2 if weight is None else s2 * weight
-        dscale = (dscale if bias is None else dscale + s1 * bias).to(scale.dtype)
-    if shift is not None and needs[7]:
-        dshift = s1.to(shift.dtype)
+    wanted = [p if n else None for p, n in zip((weight, bias, scale, shift), (*needs[2:4], *needs[6:8]), strict=True)]
+    dweight, dbias, dscale, dshift = _parameter_gradients(s1, s2, weight, bias, scale, wanted)
     return dx, None, dweight, dbias, None, None, dscale, dshift, None if skip is None else dskip.to(skip.dtype), None
+
+
+def _parameter_gradients(
+    s1: Tensor, s2: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, wanted: list
+) -> list[Tensor | None]:
+    """Of weight, bias, scale, shift, as far as they are ``wanted``, each in its dtype."""
+
+    def found(i: int) -> Tensor:
+        if i < 2:
+            s = (s2, s1)[i]
+            return (s if scale is None else s * (1 + scale)).sum(0)
+        if i == 3:
+            return s1
+        dscale = s2 if weight is None else s2 * weight
+        return dscale if bias is None else dscale + s1 * bias
+
+    return [None if p is None else found(i).to(p.dtype) for i, p in enumerate(wanted)]
+
+
+def input_gradients(dy: Tensor, x: Tensor, num_groups: int, eps: float, skip: Any, norm: Any, backend: str) -> tuple:
+    """The gradients of x, skip, and norm's weight, bias, scale, shift for dy, that of the op's output.
+
+    norm has the fields mean, rstd, weight, bias, scale, shift, act: for ops that normalise on their way.
+    """
+    given = (norm.weight, norm.bias, norm.scale, norm.shift)
+    dx, dskip, s1, s2 = _backward_op(
+        dy, x, num_groups, *given[:2], eps, norm.act, *given[2:], skip, norm.mean, norm.rstd, backend
+    )
+    return dx, dskip, *_parameter_gradients(s1, s2, *given[:3], given)
 
 
 def _backward_reference(

@@ -115,11 +115,16 @@ def _autograd_function(name: str, forward: Callable, setup_context: Callable, ba
     return function
 
 
-def vjp(fn: Callable, inputs: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+def vjp(
+    fn: Callable,
+    inputs: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None],
+    needs: Sequence[bool] | None = None,
+) -> list[Tensor | None]:
     """Gradients of plain PyTorch ``fn(*inputs)`` for each input, given those of its outputs.
 
     Under grad mode the result can be differentiated again, to any order: it is how a backward op
-    gets its own gradient. Inputs that are None or not floating get None.
+    gets its own gradient. Inputs that are None, not floating or not among ``needs`` get None.
     """
     again = torch.is_grad_enabled()
     # Inside a dispatcher kernel the autograd keys are excluded, and enable_grad alone records nothing.
@@ -136,12 +141,14 @@ def vjp(fn: Callable, inputs: Sequence[Tensor | None], grads: Sequence[Tensor | 
         pairs = [
             (o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o is not None and o.requires_grad
         ]
-        wanted = [x for x in leaves if x is not None and x.is_floating_point()]
+        needs = [True] * len(leaves) if needs is None else needs
+        asked = [n and x is not None and x.is_floating_point() for x, n in zip(leaves, needs, strict=True)]
+        wanted = [x for x, a in zip(leaves, asked, strict=True) if a]
         if not pairs:
             return [None] * len(inputs)
         outs, outer = zip(*pairs, strict=True)
         found = iter(torch.autograd.grad(outs, wanted, outer, create_graph=again, allow_unused=True))
-    return [next(found) if x is not None and x.is_floating_point() else None for x in leaves]
+    return [next(found) if a else None for a in asked]
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

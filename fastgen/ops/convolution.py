@@ -1,0 +1,257 @@
+"""How a convolution runs on the CPU's own kernels: which algorithm, on which weights, and its gradients.
+
+Legend: N batch, C input channels (both sources), K output channels, H W input, H' W' output size.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgen.ops.activations import ACTIVATIONS
+from fastgen.ops.group_norm_act import group_norm_act
+from fastgen.ops.registration import vjp, wide
+from fastgen.ops.weights import CACHE
+
+# csrc/cpu/conv2d.h: the sums themselves, and Winograd's F(2,3), F(4,3) and F(3,2) in both directions.
+DIRECT, F23, F43, F32 = range(4)
+_OUTPUTS = {DIRECT: 1, F23: 2, F43: 4, F32: 3}  # of a tile, in one direction
+_NUMBERS = {F23: 16, F43: 36, F32: 16}  # that a tile is transformed to
+# How weights are read: as conv2d's, as its data gradient's, as the sub-pixels of a transposed one.
+FORWARD, GRADIENT, SUBPIXELS = range(3)
+# What the choice weighs, of one AVX2 core: arithmetic, reading weights, passing tiles through the cache.
+FLOPS, WEIGHT_BYTES, TILE_BYTES = 75e9, 14e9, 14e9
+CHANNELS_LAST = torch.channels_last
+
+
+class Geometry(NamedTuple):
+    """padding: left, right, top, bottom, as F.pad counts. transposed: a 4×4 kernel, stride 2, padding 1 of
+    F.conv_transpose2d, which is also what a nearest upsampling before a 3×3 kernel comes to."""
+
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    upsample: int = 1
+    transposed: bool = False
+
+    def output(self, h: int, w: int, kh: int, kw: int) -> tuple[int, int]:
+        """H', W'."""
+        if self.transposed:
+            return 2 * h, 2 * w
+        left, right, top, bottom = self.padding
+        h, w = h * self.upsample, w * self.upsample
+        return (
+            (h + top + bottom - self.dilation[0] * (kh - 1) - 1) // self.stride[0] + 1,
+            (w + left + right - self.dilation[1] * (kw - 1) - 1) // self.stride[1] + 1,
+        )
+
+    def subpixels(self, weight: Tensor) -> bool:
+        """Whether the output is four interleaved maps, each by a 2×2 kernel."""
+        if self.transposed:
+            return True
+        same = self.padding == (1, 1, 1, 1) and self.stride == (1, 1) and self.dilation == (1, 1)
+        return self.upsample == 2 and same and tuple(weight.shape[2:]) == (3, 3)
+
+    def ours(self, weight: Tensor) -> bool:
+        """Whether our kernels compute it; otherwise PyTorch's convolution does, between fused norm and activation."""
+        if self.groups != 1 or min(self.padding) < 0:
+            return False
+        return self.upsample == 1 or self.subpixels(weight)
+
+
+class Prologue(NamedTuple):
+    """The normalisation of the input: mean, rstd [N, G]; weight, bias [C]; scale, shift [N, C]; the activation."""
+
+    mean: Tensor
+    rstd: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    scale: Tensor | None
+    shift: Tensor | None
+    act: str
+
+
+@functools.cache
+def choose(n: int, c: int, k: int, h: int, w: int, taps: int, stride: int, kept: bool) -> int:
+    """The algorithm for an output [n, k, h, w] of ``taps`` × ``taps`` kernels: the least of estimated times.
+
+    Large tiles save arithmetic, but their transformed weights (36 numbers for 9) must be read, and made where they
+    are not ``kept``; a map smaller than a tile wastes some of it.
+    """
+    candidates = [DIRECT] if stride != 1 else {3: [DIRECT, F23, F43], 2: [DIRECT, F32]}.get(taps, [DIRECT])
+
+    def seconds(algorithm: int) -> float:
+        m, numbers = _OUTPUTS[algorithm], _NUMBERS.get(algorithm, 1)
+        depth = c * (taps * taps if algorithm == DIRECT else 1)
+        tiles = n * -(-h // m) * -(-w // m)
+        reading = 4 * numbers * depth * k / WEIGHT_BYTES * (1 if kept else 3)
+        passing = 0 if algorithm == DIRECT else 8 * tiles * numbers * (c + k) / TILE_BYTES
+        return max(2 * tiles * numbers * depth * k / FLOPS, reading) + passing
+
+    return min(candidates, key=seconds)
+
+
+def grow(weight: Tensor) -> Tensor:
+    """The [C, K, 4, 4] kernel of the transposed convolution (stride 2, padding 1) that equals a nearest upsampling
+    by 2 and the convolution (padding 1) by weight [K, C, 3, 3]: each tap falls on two neighbours of four."""
+    flipped = weight.transpose(0, 1).flip(2, 3)
+    rows = F.pad(flipped, (0, 0, 0, 1)) + F.pad(flipped, (0, 0, 1, 0))
+    return F.pad(rows, (0, 1)) + F.pad(rows, (1, 0))
+
+
+def _packed(weight: Tensor, way: int, algorithm: int, dtype: torch.dtype, grown: bool, kept: bool) -> Tensor:
+    def make() -> Tensor:
+        given = (grow(weight) if grown else weight).detach().to(dtype)
+        size = torch.ops.fastgen_cpp.conv2d_packed_size(given, way, algorithm)
+        packed = given.new_empty(size)
+        torch.ops.fastgen_cpp.conv2d_pack(given, way, algorithm, packed)
+        return packed
+
+    return CACHE.get(weight, (way, algorithm, dtype, grown), make) if kept else make()
+
+
+def run(
+    x: Tensor, weight: Tensor, geometry: Geometry, way: int, size: tuple[int, int], *, skip: Tensor | None = None,
+    prologue: Prologue | None = None, gain: Tensor | None = None, bias: Tensor | None = None,
+    residual: Tensor | None = None, act: str = "none", kept: bool = False,
+) -> Tensor:  # fmt: skip
+    """act(conv(prologue([x, skip])) · gain + bias + residual), [N, K, *size], channels last.
+
+    ``way`` tells how weight is read; ``kept``: transformed weights come from the cache. Where a sum is not finite, tiles have spread it to their neighbours: then all is
+    computed again by the sums themselves, so that NaN and infinity stand where PyTorch's convolution has them.
+    """
+    x, skip, residual = (None if t is None else t.contiguous(memory_format=CHANNELS_LAST) for t in (x, skip, residual))
+    subpixels = way == SUBPIXELS
+    k, c = (weight.shape[0], weight.shape[1]) if way == FORWARD else (weight.shape[1], weight.shape[0])
+    grown = subpixels and not geometry.transposed
+    if grown:
+        k, c = c, k
+    kh, kw = (2, 2) if subpixels else weight.shape[2:]
+    gh, gw = (x.shape[2] + 1, x.shape[3] + 1) if subpixels else size
+    left, _, top, _ = (1, 1, 1, 1) if subpixels else geometry.padding
+    square = kh == kw and geometry.stride[0] == geometry.stride[1] and geometry.dilation == (1, 1)
+    stride = (1, 1) if subpixels else geometry.stride
+    algorithm = choose(x.shape[0], c, 4 * k if subpixels else k, gh, gw, kh, stride[0], kept) if square else DIRECT
+    y = torch.empty((x.shape[0], k, *size), dtype=x.dtype, memory_format=CHANNELS_LAST)
+    dtype = wide(x.dtype)
+    norm = (None,) * 6 if prologue is None else tuple(_parameter(p, dtype) for p in prologue[:6])
+    in_act = 0 if prologue is None else ACTIVATIONS[prologue.act][0]
+    gain, bias = _parameter(gain, dtype), _parameter(bias, dtype)
+
+    def launch(algorithm: int) -> bool:
+        return torch.ops.fastgen_cpp.conv2d_fwd(
+            x, skip, _packed(weight, way, algorithm, dtype, grown, kept), *norm, in_act, gain, bias, residual,
+            ACTIVATIONS[act][0], kh, kw, *stride, top, left, *geometry.dilation, gh, gw, 4 if subpixels else 1,
+            algorithm, y,
+        )  # fmt: skip
+
+    if not launch(algorithm) and algorithm != DIRECT:
+        launch(DIRECT)
+    return y
+
+
+def _parameter(p: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if p is None else p.detach().to(dtype).contiguous()
+
+
+def statistics(x: Tensor, skip: Tensor | None, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """mean and 1/sqrt(var + eps) of each group of [x, skip], [N, G]; x and skip are dense in one layout."""
+    mean = x.new_empty((x.shape[0], num_groups), dtype=wide(x.dtype))
+    rstd = torch.empty_like(mean)
+    torch.ops.fastgen_cpp.group_norm_act_statistics(x, skip, num_groups, eps, mean, rstd)
+    return mean, rstd
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, skip: Tensor | None, residual: Tensor | None,
+    act: str, prologue: Prologue | None, num_groups: int, eps: float, kept: bool = False,
+) -> Tensor:  # fmt: skip
+    """act(conv(prologue([x, skip])) + bias + residual), [N, K, H', W'], by our kernels where they compute it."""
+    if geometry.ours(weight):
+        way = SUBPIXELS if geometry.subpixels(weight) else FORWARD
+        size = geometry.output(*x.shape[2:], *weight.shape[2:])
+        return run(
+            x, weight, geometry, way, size, skip=skip, prologue=prologue, bias=bias, residual=residual, act=act,
+            kept=kept,
+        )  # fmt: skip
+    h, padding = _padded(_normalised(x, skip, prologue, num_groups, eps), geometry)
+    y = F.conv2d(h, weight.to(x.dtype), None, geometry.stride, padding, geometry.dilation, geometry.groups)
+    y = y if bias is None else y + bias.to(x.dtype).reshape(-1, weight.shape[0], 1, 1)
+    return ACTIVATIONS[act][1](y if residual is None else y + residual)
+
+
+def _normalised(x: Tensor, skip: Tensor | None, prologue: Prologue | None, num_groups: int, eps: float) -> Tensor:
+    """What the convolution reads, in memory after all: [N, C, H, W], for PyTorch's convolution."""
+    if prologue is None:
+        return x if skip is None else torch.cat([x, skip], dim=1)
+    p = prologue
+    return group_norm_act(x, num_groups, p.weight, p.bias, eps, p.act, p.scale, p.shift, skip)
+
+
+def _padded(h: Tensor, geometry: Geometry) -> tuple[Tensor, tuple[int, int]]:
+    """h, upsampled and padded as far as F.conv2d cannot, and the padding that is left for it."""
+    if geometry.upsample > 1:
+        h = F.interpolate(h, scale_factor=float(geometry.upsample), mode="nearest")
+    left, right, top, bottom = geometry.padding
+    return (h, (top, left)) if (left, top) == (right, bottom) else (F.pad(h, geometry.padding), (0, 0))
+
+
+def data_gradient(dy: Tensor, weight: Tensor, geometry: Geometry, size: tuple[int, int]) -> Tensor | None:
+    """The gradient of the (normalised) input, [N, C, *size], channels last; None where PyTorch's is to be used."""
+    kh, kw = weight.shape[2:]
+    left, _, top, _ = geometry.padding
+    plain = geometry.stride == (1, 1) and geometry.upsample == 1 and not geometry.transposed
+    if not plain or geometry.groups != 1 or geometry.dilation != (1, 1) or not (0 <= top < kh and 0 <= left < kw):
+        return None
+    back = Geometry(padding=(kw - 1 - left,) * 2 + (kh - 1 - top,) * 2)
+    return run(dy, weight, back, GRADIENT, size)
+
+
+def weight_gradient(
+    dy: Tensor, x: Tensor, skip: Tensor | None, weight: Tensor, geometry: Geometry, prologue: Prologue | None
+) -> Tensor | None:
+    """The gradient of weight by Winograd's algorithm; None where PyTorch's is to be used."""
+    left, _, top, _ = geometry.padding
+    same = geometry._replace(padding=(0, 0, 0, 0)) == Geometry() and tuple(weight.shape[2:]) == (3, 3)
+    n, k, h, w = dy.shape
+    if not same or min(left, top) < 0 or weight.dtype not in (torch.float32, torch.float64):
+        return None
+    algorithm = choose(n, weight.shape[1], k, h, w, 3, 1, False)
+    if algorithm == DIRECT:
+        return None
+    x, skip, dy = (None if t is None else t.contiguous(memory_format=CHANNELS_LAST) for t in (x, skip, dy))
+    dtype = wide(x.dtype)
+    dweight = torch.empty(weight.shape, dtype=dtype)
+    norm = (None,) * 6 if prologue is None else tuple(_parameter(p, dtype) for p in prologue[:6])
+    in_act = 0 if prologue is None else ACTIVATIONS[prologue.act][0]
+    finite = torch.ops.fastgen_cpp.conv2d_weight_bwd(dy, x, skip, *norm, in_act, top, left, algorithm, dweight)
+    return dweight.to(weight.dtype) if finite else None
+
+
+def gradients(
+    dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, skip: Tensor | None, prologue: Prologue | None,
+    num_groups: int, eps: float, needs: list[bool],
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """(gradient of the normalised [x, skip], of weight) as far as `needs`, in the order of conv2d's tensors, asks."""
+    need_h, need_weight = needs[0] or needs[3] or any(needs[5:]), needs[1]
+    dh = data_gradient(dy, weight, geometry, tuple(x.shape[2:])) if need_h else None
+    dweight = weight_gradient(dy, x, skip, weight, geometry, prologue) if need_weight else None
+    need_h, need_weight = need_h and dh is None, need_weight and dweight is None
+    if need_h or need_weight:
+        h = _normalised(x, skip, prologue, num_groups, eps)
+        found = vjp(lambda h, weight: _vendor(h, weight, geometry), (h, weight), (dy,), (need_h, need_weight))
+        dh, dweight = (found[0] if need_h else dh), (found[1] if need_weight else dweight)
+    return dh, dweight
+
+
+def _vendor(h: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    if geometry.subpixels(weight):  # a quarter of the arithmetic of a convolution of the upsampled map
+        kernel = weight if geometry.transposed else grow(weight)
+        return F.conv_transpose2d(h, kernel.to(h.dtype), None, 2, 1)
+    h, padding = _padded(h, geometry)
+    return F.conv2d(h, weight.to(h.dtype), None, geometry.stride, padding, geometry.dilation, geometry.groups)
