@@ -1,0 +1,363 @@
+// attention: softmax(q kᵀ scale) v, forward and backward; see fastgen/ops/attention.py.
+//
+// A block of queries meets one block of keys after the other (Dao et al. 2022, "FlashAttention"), so no L x S matrix
+// is ever stored. Keys are packed once a head with the lanes of a vector along the keys; probabilities then come out
+// with lanes along the keys, and their product with v has its lanes along D. Scores are kept in units of ln 2, so that
+// exp2 makes them probabilities. Backward makes the probabilities again from the logarithm of the sum that forward left.
+// Tasks are blocks of one head and sums go in one order, so results depend neither on the threads nor on the batch.
+// The build forbids contraction for the sake of the noise, of which there is none here.
+#pragma GCC optimize("fp-contract=fast")
+// Vectors wider than the base instruction set has are handed to inlined functions only.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "common.h"
+
+namespace fastgen {
+namespace {
+
+constexpr int64_t kRows = 48;      // queries in a block
+constexpr int64_t kKeys = 128;     // keys in a block
+constexpr int64_t kMaxLanes = 16;  // of the widest vector: what scratch memory is laid out for
+constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
+// Where |q| |k| is at most kBound, in units of ln 2, no maximum has to be taken off the scores: their exp2 lies in
+// [2^-30, 2^30], and sums of its products with v stay finite as long as |v| is at most kLargest.
+constexpr double kBound = 30, kLargest = 1e24;
+
+constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+// [N, h, L, D] in memory, the last dimension dense: the strides of the others.
+template <typename T>
+struct View {
+  T* data;
+  int64_t n, h, l;
+};
+
+struct Shape {
+  int64_t heads, l, s, d;
+  double scale;
+  int64_t h;
+  bool causal;
+
+  int64_t blocks() const { return (l + kRows - 1) / kRows; }
+  // The keys that queries up to the last of a block see.
+  int64_t keys(int64_t end) const { return causal ? std::min(s, end) : s; }
+};
+
+template <typename T>
+FASTGEN_BODY T* head_of(const View<T>& x, const Shape& g, int64_t head) {
+  return x.data + head / g.h * x.n + head % g.h * x.h;
+}
+
+template <typename W, int kBytes>
+struct Simd {
+  using Int = std::conditional_t<sizeof(W) == 8, int64_t, int32_t>;
+  static constexpr int kLanes = kBytes / sizeof(W), kPanel = 2 * kLanes;
+  typedef W Vec __attribute__((vector_size(kBytes)));
+  typedef Int Index __attribute__((vector_size(kBytes)));
+  typedef W Loose __attribute__((vector_size(kBytes), aligned(sizeof(W)), may_alias));
+
+  FASTGEN_BODY Vec load(const W* p) { return *reinterpret_cast<const Loose*>(p); }
+  FASTGEN_BODY void store(W* p, const Vec& x) { *reinterpret_cast<Loose*>(p) = x; }
+  // D in whole vectors, and the distance of packed rows: no power of two that would put them all into one cache set.
+  static int64_t width(int64_t d) { return round_up(d, kLanes); }
+  static int64_t ld(int64_t d) { return width(d) % 64 == 0 ? width(d) + 16 : width(d); }
+
+  // 2^x. kClamped: for any x up to 128, with 0 for -inf and NaN for NaN; else for x in [-126, 127].
+  template <bool kClamped>
+  FASTGEN_BODY Vec exp2(Vec x) {
+    if constexpr (sizeof(W) == 8) {
+      for (int i = 0; i < kLanes; ++i) x[i] = std::exp2(x[i]);
+      return x;
+    } else {
+      const Vec least = Vec{} - 127.0f;
+      if constexpr (kClamped) x = x < least ? least : x;
+      const Vec shifted = x + (12582912.0f + 127.0f);  // 1.5 2^23 rounds to an integer, n, with the exponent's bias
+      const Vec r = x - (shifted - (12582912.0f + 127.0f));
+      Vec p = r * 1.3264727e-3f + 9.6715126e-3f;  // minimax, 9e-8 of the value
+      p = p * r + 5.5507337e-2f;
+      p = p * r + 2.4022242e-1f;
+      p = p * r + 6.9314698e-1f;
+      p = p * r + 1.0f;
+      return p * (Vec)((Index)shifted << 23);  // n = -127 makes 0
+    }
+  }
+
+  FASTGEN_BODY Index first(int64_t n) {  // which lanes are below n
+    Index lane;
+    for (int i = 0; i < kLanes; ++i) lane[i] = i;
+    return lane < static_cast<Int>(std::clamp<int64_t>(n, 0, kLanes));
+  }
+  FASTGEN_BODY W sum(const Vec& x) {
+    W total = 0;
+    for (int i = 0; i < kLanes; ++i) total += x[i];
+    return total;
+  }
+  FASTGEN_BODY W max(const Vec& x) {
+    W largest = x[0];
+    for (int i = 1; i < kLanes; ++i) largest = x[i] > largest ? x[i] : largest;
+    return largest;
+  }
+
+  // acc[m][n] += sum over k of a[m am + k ak] b[k ldb + n lanes]: the registers' share of every product below.
+  template <int kM, int kN>
+  FASTGEN_BODY void product(Vec (&acc)[kM][kN], const W* a, int64_t am, int64_t ak, const W* b, int64_t ldb,
+                            int64_t count) {
+    for (int64_t k = 0; k < count; ++k) {
+      Vec right[kN];
+#pragma GCC unroll 8
+      for (int n = 0; n < kN; ++n) right[n] = load(b + k * ldb + n * kLanes);
+#pragma GCC unroll 16
+      for (int m = 0; m < kM; ++m) {
+        const W left = a[m * am + k * ak];
+#pragma GCC unroll 8
+        for (int n = 0; n < kN; ++n) acc[m][n] += right[n] * left;
+      }
+    }
+  }
+
+  template <int kM, int kN>
+  FASTGEN_BODY void add_tile(const W* a, int64_t am, int64_t ak, const W* b, int64_t ldb, int64_t count, W* c,
+                             int64_t ldc) {
+    Vec acc[kM][kN];
+#pragma GCC unroll 16
+    for (int m = 0; m < kM; ++m)
+#pragma GCC unroll 8
+      for (int n = 0; n < kN; ++n) acc[m][n] = load(c + m * ldc + n * kLanes);
+    product<kM, kN>(acc, a, am, ak, b, ldb, count);
+#pragma GCC unroll 16
+    for (int m = 0; m < kM; ++m)
+#pragma GCC unroll 8
+      for (int n = 0; n < kN; ++n) store(c + m * ldc + n * kLanes, acc[m][n]);
+  }
+
+  // c [rows, width] += a b, with a's element (m, k) at m am + k ak. rows: a multiple of 4.
+  FASTGEN_BODY void add_product(int64_t rows, int64_t width, const W* a, int64_t am, int64_t ak, const W* b,
+                                int64_t ldb, int64_t count, W* c, int64_t ldc) {
+    int64_t n = 0;
+    for (; n + kPanel <= width; n += kPanel) {
+      int64_t m = 0;
+      for (; m + 6 <= rows; m += 6) add_tile<6, 2>(a + m * am, am, ak, b + n, ldb, count, c + m * ldc + n, ldc);
+      for (; m < rows; m += 2) add_tile<2, 2>(a + m * am, am, ak, b + n, ldb, count, c + m * ldc + n, ldc);
+    }
+    if (n < width) {
+      int64_t m = 0;
+      for (; m + 12 <= rows; m += 12) add_tile<12, 1>(a + m * am, am, ak, b + n, ldb, count, c + m * ldc + n, ldc);
+      for (; m < rows; m += 4) add_tile<4, 1>(a + m * am, am, ak, b + n, ldb, count, c + m * ldc + n, ldc);
+    }
+  }
+};
+
+// rows [n, ld] of x [n, d], times a factor, in W; zeros behind d and in the rows up to `padded`.
+template <typename W, typename T>
+FASTGEN_BODY void pack_rows(const T* x, int64_t stride, int64_t n, int64_t padded, int64_t d, int64_t ld, W factor,
+                            W* rows) {
+  for (int64_t i = 0; i < padded; ++i) {
+    W* row = rows + i * ld;
+    const int64_t filled = i < n ? d : 0;
+    for (int64_t c = 0; c < filled; ++c) row[c] = static_cast<W>(x[i * stride + c]) * factor;
+    for (int64_t c = filled; c < ld; ++c) row[c] = 0;
+  }
+}
+
+// panels [n / width, d, width] of x [n, d]: each row's elements a panel apart; zeros behind n.
+template <int kWidth, typename W, typename T>
+FASTGEN_BODY void pack_panels(const T* x, int64_t stride, int64_t n, int64_t d, W* panels) {
+  for (int64_t first = 0; first < n; first += kWidth, panels += d * kWidth) {
+    const int64_t filled = std::min<int64_t>(kWidth, n - first);
+    if (filled < kWidth) std::fill_n(panels, d * kWidth, W(0));
+    for (int64_t i = 0; i < filled; ++i)
+      for (int64_t c = 0; c < d; ++c) panels[c * kWidth + i] = static_cast<W>(x[(first + i) * stride + c]);
+  }
+}
+
+// The largest |row|² and the largest |element| of rows [n, ld].
+template <typename W>
+FASTGEN_BODY W largest_square(const W* rows, int64_t n, int64_t ld) {
+  W largest = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    W square = 0;
+    for (int64_t c = 0; c < ld; ++c) square += rows[i * ld + c] * rows[i * ld + c];
+    largest = square <= largest ? largest : square;  // NaN stays
+  }
+  return largest;
+}
+
+template <typename T>
+struct ForwardArgs {
+  Shape g;
+  View<const T> q, k, v;
+  View<T> out;
+  Wide<T>* lse;  // [N, h, L], logarithms to base 2
+};
+
+struct Forward {
+  static int64_t scratch(const Shape& g) {
+    const int64_t keys = round_up(g.s, 2 * kMaxLanes), ld = round_up(g.d, kMaxLanes) + 16;
+    return keys * (g.d + ld) + kRows * (2 * ld + kKeys + 2 * kMaxLanes + 1) + 64;
+  }
+
+  template <Isa kIsa, typename T>
+  FASTGEN_BODY void run(const ForwardArgs<T>* args, Wide<T>* memory, int64_t begin, int64_t end) {
+    using W = Wide<T>;
+    using X = Simd<W, vector_bytes(kIsa)>;
+    const Shape& g = args->g;
+    const int64_t ld = X::ld(g.d), keys = round_up(g.s, X::kPanel);
+    W* const panels = memory;
+    W* const values = panels + keys * g.d;
+    Block<X, W> b{g, ld, panels, values};
+    b.queries = values + keys * ld;
+    b.sums = b.queries + kRows * ld;
+    b.scores = b.sums + kRows * ld;
+    b.total = b.scores + kRows * kKeys;
+    b.largest = b.total + kRows * X::kLanes;
+    b.shift = b.largest + kRows * X::kLanes;
+    int64_t packed = -1;
+    W key_square = 0, value_square = 0;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t head = task / g.blocks(), first = task % g.blocks() * kRows;
+      if (head != packed) {
+        const T *k = head_of(args->k, g, head), *v = head_of(args->v, g, head);
+        pack_rows(k, args->k.l, g.s, g.s, g.d, ld, W(1), values);
+        key_square = largest_square(values, g.s, ld);
+        pack_panels<X::kPanel>(k, args->k.l, g.s, g.d, panels);
+        pack_rows(v, args->v.l, g.s, g.s, g.d, ld, W(1), values);
+        value_square = largest_square(values, g.s, ld);
+        packed = head;
+      }
+      const int64_t rows = std::min(kRows, g.l - first);
+      b.first = first, b.rows = round_up(rows, 4);
+      pack_rows(head_of(args->q, g, head) + first * args->q.l, args->q.l, rows, b.rows, g.d, ld,
+                static_cast<W>(g.scale * kLog2e), b.queries);
+      const W bound = std::sqrt(largest_square(b.queries, rows, ld)) * std::sqrt(key_square);
+      if (bound <= W(kBound) && value_square <= W(kLargest))
+        Block<X, W>::template attend<true>(b);
+      else
+        Block<X, W>::template attend<false>(b);
+      for (int64_t i = 0; i < rows; ++i) {
+        const W total = X::sum(X::load(b.total + i * X::kLanes)), inverse = W(1) / total;
+        T* const row = head_of(args->out, g, head) + (first + i) * args->out.l;
+        for (int64_t c = 0; c < g.d; ++c) row[c] = static_cast<T>(b.sums[i * ld + c] * inverse);
+        args->lse[head * g.l + first + i] = b.shift[i] + std::log2(total);
+      }
+    }
+  }
+
+  // One block of queries and what becomes of it.
+  template <typename X, typename W>
+  struct Block {
+    using Vec = typename X::Vec;
+    static constexpr W kInf = std::numeric_limits<W>::infinity();
+    const Shape& g;
+    int64_t ld;
+    const W *panels, *values;  // packed keys, and v: [S, ld]
+    W *queries, *sums;         // [rows, ld]: q in units of ln 2, and the sum of p v
+    W* scores;                 // [rows, kKeys], then their exp2
+    W *total, *largest;        // [rows, lanes]: the sum of p, and this block's largest score
+    W* shift;                  // [rows]: what is taken off the scores, as p would overflow without
+    int64_t first, rows;
+
+    // kBounded: no score can overflow, and nothing is taken off.
+    template <bool kBounded>
+    FASTGEN_BODY void attend(Block& b) {
+      std::fill_n(b.sums, b.rows * b.ld, W(0));
+      std::fill_n(b.total, b.rows * X::kLanes, W(0));
+      std::fill_n(b.shift, b.rows, kBounded ? W(0) : -kInf);
+      const int64_t keys = b.g.keys(b.first + b.rows);
+      for (int64_t key = 0; key < keys; key += kKeys) {
+        const int64_t count = std::min(kKeys, keys - key);
+        if constexpr (!kBounded) std::fill_n(b.largest, b.rows * X::kLanes, -kInf);
+        for (int64_t j = 0; j < count; j += X::kPanel) {
+          int64_t i = 0;
+          for (; i + 6 <= b.rows; i += 6) tile<6, kBounded>(b, i, key, j);
+          for (; i < b.rows; i += 2) tile<2, kBounded>(b, i, key, j);
+        }
+        if constexpr (!kBounded) exponentials(b, round_up(count, X::kPanel));
+        X::add_product(b.rows, X::width(b.g.d), b.scores, kKeys, 1, b.values + key * b.ld, b.ld, count, b.sums, b.ld);
+      }
+    }
+
+    // kM queries against a panel of keys.
+    template <int kM, bool kBounded>
+    FASTGEN_BODY void tile(Block& b, int64_t i, int64_t key, int64_t j) {
+      Vec acc[kM][2] = {};
+      X::template product<kM, 2>(acc, b.queries + i * b.ld, b.ld, 1, b.panels + (key + j) * b.g.d, X::kPanel, b.g.d);
+      const int64_t seen = b.g.keys(b.first + i + 1) - key - j;  // by the first of these queries
+#pragma GCC unroll 16
+      for (int m = 0; m < kM; ++m) {
+#pragma GCC unroll 2
+        for (int n = 0; n < 2; ++n) {
+          Vec x = acc[m][n];
+          if constexpr (kBounded) x = X::template exp2<false>(x);
+          if (__builtin_expect(seen < X::kPanel, 0)) {
+            const int64_t limit = b.g.keys(b.first + i + m + 1) - key - j - n * X::kLanes;
+            x = X::first(limit) ? x : Vec{} + (kBounded ? W(0) : -kInf);
+          }
+          X::store(b.scores + (i + m) * kKeys + j + n * X::kLanes, x);
+          W* const kept = (kBounded ? b.total : b.largest) + (i + m) * X::kLanes;
+          const Vec before = X::load(kept);
+          X::store(kept, kBounded ? before + x : (x > before ? x : before));
+        }
+      }
+    }
+
+    // Scores become exp2(score - shift), after the shift has been raised to the largest score so far.
+    FASTGEN_BODY void exponentials(Block& b, int64_t count) {
+      for (int64_t i = 0; i < b.rows; ++i) {
+        const W largest = X::max(X::load(b.largest + i * X::kLanes));
+        Vec total = X::load(b.total + i * X::kLanes);
+        if (largest > b.shift[i]) {
+          const W factor = std::exp2(b.shift[i] - largest);
+          b.shift[i] = largest;
+          total *= factor;
+          for (int64_t c = 0; c < b.ld; ++c) b.sums[i * b.ld + c] *= factor;
+        }
+        const W shift = b.shift[i] == -kInf ? W(0) : b.shift[i];  // nothing seen but -inf so far
+        W* const row = b.scores + i * kKeys;
+        for (int64_t j = 0; j < count; j += X::kLanes) {
+          const Vec p = X::template exp2<true>(X::load(row + j) - shift);
+          total += p;
+          X::store(row + j, p);
+        }
+        X::store(b.total + i * X::kLanes, total);
+      }
+    }
+  };
+};
+
+template <typename T>
+View<T> view(const Tensor& x) {
+  return {static_cast<T*>(const_cast<void*>(x.const_data_ptr())), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+Shape shape_of(const Tensor& q, const Tensor& k, double scale, bool causal) {
+  return {q.size(0) * q.size(1), q.size(2), k.size(2), q.size(3), scale, q.size(1), causal};
+}
+
+// q, out: [N, h, L, D]; k, v: [N, h, S, D], of any strides with the last dimension dense; lse: [N, h, L], log2 of the
+// sum of a row's exp(score), in fp32 (fp64 for fp64), dense.
+void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, double scale, bool causal, const Tensor& out,
+                   const Tensor& lse) {
+  const Shape g = shape_of(q, k, scale, causal);
+  for_dtype(q, "attention", [&](auto zero) {
+    using T = decltype(zero);
+    const ForwardArgs<T> args{g, view<const T>(q), view<const T>(k), view<const T>(v), view<T>(out),
+                              fastgen::out<Wide<T>>(lse)};
+    torch::stable::parallel_for(0, g.heads * g.blocks(), 1, [&](int64_t begin, int64_t end) {
+      std::vector<Wide<T>> memory(Forward::scratch(g));
+      multiversion<Forward>(&args, memory.data(), begin, end);
+    });
+  });
+}
+
+}  // namespace
+}  // namespace fastgen
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastgen_cpp, m) {
+  m.def(
+      "attention_fwd(Tensor q, Tensor k, Tensor v, float scale, bool causal, Tensor(a!) out, Tensor(b!) lse) -> ()");
+}
+STABLE_TORCH_LIBRARY_IMPL(fastgen_cpp, CPU, m) { m.impl("attention_fwd", TORCH_BOX(&fastgen::attention_fwd)); }
