@@ -39,9 +39,9 @@ STEMS = {
 }
 
 # What "auto" tries, best first; an op that is not named takes the device's default.
-# attention: PyTorch's scaled_dot_product_attention is what there is, on every device.
+# attention: on a GPU PyTorch's scaled_dot_product_attention is what there is.
 AUTO: dict[str, dict[str, tuple[str, ...]]] = {
-    "cpu": {"default": ("cpp", "reference"), "attention": ("reference",)},
+    "cpu": {"default": ("cpp", "reference")},
     "cuda": {"default": ("cuda", "triton", "reference"), "attention": ("reference",)},
 }
 

@@ -12,6 +12,7 @@
 
 #include <cmath>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "common.h"
@@ -68,7 +69,8 @@ struct Simd {
 
   // 2^x. kClamped: for any x up to 128, with 0 for -inf and NaN for NaN; else for x in [-126, 127].
   template <bool kClamped>
-  FASTGEN_BODY Vec exp2(Vec x) {
+  FASTGEN_BODY Vec exp2(const Vec& given) {
+    Vec x = given;
     if constexpr (sizeof(W) == 8) {
       for (int i = 0; i < kLanes; ++i) x[i] = std::exp2(x[i]);
       return x;
@@ -172,6 +174,13 @@ FASTGEN_BODY void pack_panels(const T* x, int64_t stride, int64_t n, int64_t d, 
     for (int64_t i = 0; i < filled; ++i)
       for (int64_t c = 0; c < d; ++c) panels[c * kWidth + i] = static_cast<W>(x[(first + i) * stride + c]);
   }
+}
+
+// y [n, d] = rows [n, ld] times a factor.
+template <typename W, typename T>
+FASTGEN_BODY void unpack(const W* rows, int64_t ld, int64_t n, int64_t d, W factor, T* y, int64_t stride) {
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t c = 0; c < d; ++c) y[i * stride + c] = static_cast<T>(rows[i * ld + c] * factor);
 }
 
 // The largest |row|² and the largest |element| of rows [n, ld].
@@ -329,6 +338,124 @@ struct Forward {
 };
 
 template <typename T>
+struct BackwardArgs {
+  Shape g;
+  View<const T> dout, q, k, v, out;
+  const Wide<T>* lse;
+  View<T> dq, dk, dv;
+};
+
+// A task is a whole head, since dk and dv are sums over all queries and dq over all keys.
+struct Backward {
+  static int64_t scratch(const Shape& g) {
+    const int64_t keys = round_up(g.s, 2 * kMaxLanes), ld = round_up(g.d, kMaxLanes) + 16;
+    return keys * (2 * g.d + 3 * ld) + kRows * (3 * ld + 2 * kKeys + 2);
+  }
+
+  template <Isa kIsa, typename T>
+  FASTGEN_BODY void run(const BackwardArgs<T>* args, Wide<T>* memory, int64_t begin, int64_t end) {
+    using W = Wide<T>;
+    using X = Simd<W, vector_bytes(kIsa)>;
+    const Shape& g = args->g;
+    const int64_t ld = X::ld(g.d), keys = round_up(g.s, X::kPanel);
+    Block<X, W> b{g, ld};
+    W* next = memory;
+    const auto take = [&next](int64_t n) { return std::exchange(next, next + n); };
+    b.key_panels = take(keys * g.d), b.value_panels = take(keys * g.d), b.keys = take(keys * ld);
+    b.dk = take(keys * ld), b.dv = take(keys * ld);
+    b.queries = take(kRows * ld), b.dout = take(kRows * ld), b.dq = take(kRows * ld);
+    b.p = take(kRows * kKeys), b.ds = take(kRows * kKeys), b.lse = take(kRows), b.delta = take(kRows);
+    for (int64_t head = begin; head < end; ++head) {
+      const T *k = head_of(args->k, g, head), *v = head_of(args->v, g, head);
+      pack_panels<X::kPanel>(k, args->k.l, g.s, g.d, b.key_panels);
+      pack_panels<X::kPanel>(v, args->v.l, g.s, g.d, b.value_panels);
+      pack_rows(k, args->k.l, g.s, g.s, g.d, ld, W(1), b.keys);
+      std::fill_n(b.dk, 2 * keys * ld, W(0));  // and dv, behind it
+      for (b.first = 0; b.first < g.l; b.first += kRows) {
+        const int64_t rows = std::min(kRows, g.l - b.first);
+        b.rows = round_up(rows, 4);
+        const T* const dout = head_of(args->dout, g, head) + b.first * args->dout.l;
+        const T* const out = head_of(args->out, g, head) + b.first * args->out.l;
+        pack_rows(head_of(args->q, g, head) + b.first * args->q.l, args->q.l, rows, b.rows, g.d, ld,
+                  static_cast<W>(g.scale * kLog2e), b.queries);
+        pack_rows(dout, args->dout.l, rows, b.rows, g.d, ld, W(1), b.dout);
+        std::fill_n(b.dq, b.rows * ld, W(0));
+        for (int64_t i = 0; i < b.rows; ++i) {
+          W delta = 0;  // in the order in which a tile sums dout vᵀ: with one key the two are equal to the bit
+          for (int64_t c = 0; c < (i < rows ? g.d : 0); ++c)
+            delta += b.dout[i * ld + c] * static_cast<W>(out[i * args->out.l + c]);
+          b.delta[i] = delta;
+          b.lse[i] = i < rows ? args->lse[head * g.l + b.first + i] : W(0);
+        }
+        Block<X, W>::attend(b, rows);
+        unpack(b.dq, ld, rows, g.d, static_cast<W>(g.scale),
+               head_of(args->dq, g, head) + b.first * args->dq.l, args->dq.l);
+      }
+      unpack(b.dk, ld, g.s, g.d, static_cast<W>(kLn2), head_of(args->dk, g, head), args->dk.l);
+      unpack(b.dv, ld, g.s, g.d, W(1), head_of(args->dv, g, head), args->dv.l);
+    }
+  }
+
+  template <typename X, typename W>
+  struct Block {
+    using Vec = typename X::Vec;
+    const Shape& g;
+    int64_t ld;
+    W *key_panels, *value_panels, *keys;  // k and v as the forward packs k; k: [S, ld]
+    W *dk, *dv;                           // [S, ld]
+    W *queries, *dout, *dq;               // [rows, ld]: q in units of ln 2
+    W *p, *ds;                            // [rows, kKeys]: probabilities, and the gradient of the scores
+    W *lse, *delta;                       // [rows]: delta = sum over D of dout out
+    int64_t first, rows;
+
+    // dv = pᵀ dout, ds = p (dout vᵀ - delta), dq = ds k, dk = dsᵀ q; `count` of the block's rows are queries.
+    FASTGEN_BODY void attend(Block& b, int64_t count) {
+      const int64_t all = b.g.keys(b.first + b.rows), width = X::width(b.g.d), ld = b.ld;
+      for (int64_t key = 0; key < all; key += kKeys) {
+        const int64_t seen = std::min(kKeys, all - key), padded = round_up(seen, 4);
+        for (int64_t j = 0; j < seen; j += X::kPanel) {
+          int64_t i = 0;
+          for (; i + 6 <= b.rows; i += 6) tile<6>(b, i, key, j);
+          for (; i < b.rows; i += 2) tile<2>(b, i, key, j);
+        }
+        X::add_product(padded, width, b.p, 1, kKeys, b.dout, ld, count, b.dv + key * ld, ld);
+        X::add_product(padded, width, b.ds, 1, kKeys, b.queries, ld, count, b.dk + key * ld, ld);
+        X::add_product(b.rows, width, b.ds, kKeys, 1, b.keys + key * ld, ld, seen, b.dq, ld);
+      }
+    }
+
+    template <int kM>
+    FASTGEN_BODY void tile(Block& b, int64_t i, int64_t key, int64_t j) {
+      Vec acc[kM][2] = {};
+      X::template product<kM, 2>(acc, b.queries + i * b.ld, b.ld, 1, b.key_panels + (key + j) * b.g.d, X::kPanel,
+                                 b.g.d);
+      const int64_t seen = b.g.keys(b.first + i + 1) - key - j;
+#pragma GCC unroll 16
+      for (int m = 0; m < kM; ++m) {
+#pragma GCC unroll 2
+        for (int n = 0; n < 2; ++n) {
+          Vec p = X::template exp2<true>(acc[m][n] - b.lse[i + m]);
+          if (__builtin_expect(seen < X::kPanel, 0))
+            p = X::first(b.g.keys(b.first + i + m + 1) - key - j - n * X::kLanes) ? p : Vec{};
+          X::store(b.p + (i + m) * kKeys + j + n * X::kLanes, p);
+          acc[m][n] = Vec{};
+        }
+      }
+      X::template product<kM, 2>(acc, b.dout + i * b.ld, b.ld, 1, b.value_panels + (key + j) * b.g.d, X::kPanel,
+                                 b.g.d);
+#pragma GCC unroll 16
+      for (int m = 0; m < kM; ++m) {
+#pragma GCC unroll 2
+        for (int n = 0; n < 2; ++n) {
+          const int64_t at = (i + m) * kKeys + j + n * X::kLanes;
+          X::store(b.ds + at, X::load(b.p + at) * (acc[m][n] - b.delta[i + m]));
+        }
+      }
+    }
+  };
+};
+
+template <typename T>
 View<T> view(const Tensor& x) {
   return {static_cast<T*>(const_cast<void*>(x.const_data_ptr())), x.stride(0), x.stride(1), x.stride(2)};
 }
@@ -353,11 +480,33 @@ void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, double sca
   });
 }
 
+// dout, out, dq: as q; dk, dv: as k. lse is what the forward left, of which the result is no function.
+void attention_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+                   const Tensor& lse, double scale, bool causal, const Tensor& dq, const Tensor& dk,
+                   const Tensor& dv) {
+  const Shape g = shape_of(q, k, scale, causal);
+  for_dtype(q, "attention_bwd", [&](auto zero) {
+    using T = decltype(zero);
+    const BackwardArgs<T> args{g, view<const T>(dout), view<const T>(q), view<const T>(k), view<const T>(v),
+                               view<const T>(out), in<Wide<T>>(lse), view<T>(dq), view<T>(dk), view<T>(dv)};
+    torch::stable::parallel_for(0, g.heads, 1, [&](int64_t begin, int64_t end) {
+      std::vector<Wide<T>> memory(Backward::scratch(g));
+      multiversion<Backward>(&args, memory.data(), begin, end);
+    });
+  });
+}
+
 }  // namespace
 }  // namespace fastgen
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastgen_cpp, m) {
   m.def(
       "attention_fwd(Tensor q, Tensor k, Tensor v, float scale, bool causal, Tensor(a!) out, Tensor(b!) lse) -> ()");
+  m.def(
+      "attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, bool causal, "
+      "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()");
 }
-STABLE_TORCH_LIBRARY_IMPL(fastgen_cpp, CPU, m) { m.impl("attention_fwd", TORCH_BOX(&fastgen::attention_fwd)); }
+STABLE_TORCH_LIBRARY_IMPL(fastgen_cpp, CPU, m) {
+  m.impl("attention_fwd", TORCH_BOX(&fastgen::attention_fwd));
+  m.impl("attention_bwd", TORCH_BOX(&fastgen::attention_bwd));
+}
