@@ -2,8 +2,8 @@
 //
 // A block of queries meets one block of keys after the other (Dao et al. 2022, "FlashAttention"), so no L x S matrix
 // is ever stored. Keys are packed once a head with the lanes of a vector along the keys; probabilities then come out
-// with lanes along the keys, and their product with v has its lanes along D. Scores are kept in units of ln 2, so that
-// exp2 makes them probabilities. Backward makes the probabilities again from the logarithm of the sum that forward left.
+// with lanes along the keys, and their product with v has its lanes along D. Scores are in units of ln 2, so that exp2
+// makes them probabilities. Backward makes the probabilities again from the sums that forward left.
 // Tasks are blocks of one head and sums go in one order, so results depend neither on the threads nor on the batch.
 // The build forbids contraction for the sake of the noise, of which there is none here.
 #pragma GCC optimize("fp-contract=fast")
@@ -23,7 +23,7 @@ namespace {
 constexpr int64_t kRows = 48;      // queries in a block
 constexpr int64_t kKeys = 128;     // keys in a block
 constexpr int64_t kMaxLanes = 16;  // of the widest vector: what scratch memory is laid out for
-constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
+constexpr double kLog2e = 1.4426950408889634;
 // Where |q| |k| is at most kBound, in units of ln 2, no maximum has to be taken off the scores: their exp2 lies in
 // [2^-30, 2^30], and sums of its products with v stay finite as long as |v| is at most kLargest.
 constexpr double kBound = 30, kLargest = 1e24;
@@ -43,6 +43,10 @@ struct Shape {
   int64_t h;
   bool causal;
 
+  // Packed queries are q sign(), so that their products with keys times factor() are scores in units of ln 2, of which
+  // the largest product makes the largest.
+  double sign() const { return scale > 0 ? 1 : scale < 0 ? -1 : 0; }
+  double factor() const { return scale == 0 ? 1 : std::abs(scale) * kLog2e; }
   int64_t blocks() const { return (l + kRows - 1) / kRows; }
   // The keys that queries up to the last of a block see.
   int64_t keys(int64_t end) const { return causal ? std::min(s, end) : s; }
@@ -67,18 +71,21 @@ struct Simd {
   static int64_t width(int64_t d) { return round_up(d, kLanes); }
   static int64_t ld(int64_t d) { return width(d) % 64 == 0 ? width(d) + 16 : width(d); }
 
-  // 2^x. kClamped: for any x up to 128, with 0 for -inf and NaN for NaN; else for x in [-126, 127].
-  template <bool kClamped>
-  FASTGEN_BODY Vec exp2(const Vec& given) {
+  // 2^(x factor - shift). kShifted: for any value up to 128, with 0 for -inf and NaN for NaN; else without a shift,
+  // for values in [-126, 127]. The product is not rounded by itself: large scores lose nothing.
+  template <bool kShifted>
+  FASTGEN_BODY Vec exp2(const Vec& given, W factor, W shift = 0) {
     Vec x = given;
+    if constexpr (kShifted) x = x * factor - shift;
+    const W left = kShifted ? W(1) : factor;
     if constexpr (sizeof(W) == 8) {
-      for (int i = 0; i < kLanes; ++i) x[i] = std::exp2(x[i]);
+      for (int i = 0; i < kLanes; ++i) x[i] = std::exp2(x[i] * left);
       return x;
     } else {
       const Vec least = Vec{} - 127.0f;
-      if constexpr (kClamped) x = x < least ? least : x;
-      const Vec shifted = x + (12582912.0f + 127.0f);  // 1.5 2^23 rounds to an integer, n, with the exponent's bias
-      const Vec r = x - (shifted - (12582912.0f + 127.0f));
+      if constexpr (kShifted) x = x < least ? least : x;
+      const Vec shifted = x * left + (12582912.0f + 127.0f);  // 1.5 2^23 rounds to an integer, n, plus exponent's bias
+      const Vec r = x * left - (shifted - (12582912.0f + 127.0f));
       Vec p = r * 1.3264727e-3f + 9.6715126e-3f;  // minimax, 9e-8 of the value
       p = p * r + 5.5507337e-2f;
       p = p * r + 2.4022242e-1f;
@@ -200,7 +207,7 @@ struct ForwardArgs {
   Shape g;
   View<const T> q, k, v;
   View<T> out;
-  Wide<T>* lse;  // [N, h, L], logarithms to base 2
+  Wide<T>* sums;  // [2, N, h, L]
 };
 
 struct Forward {
@@ -217,7 +224,7 @@ struct Forward {
     const int64_t ld = X::ld(g.d), keys = round_up(g.s, X::kPanel);
     W* const panels = memory;
     W* const values = panels + keys * g.d;
-    Block<X, W> b{g, ld, panels, values};
+    Block<X, W> b{g, ld, static_cast<W>(g.factor()), panels, values};
     b.queries = values + keys * ld;
     b.sums = b.queries + kRows * ld;
     b.scores = b.sums + kRows * ld;
@@ -240,9 +247,10 @@ struct Forward {
       const int64_t rows = std::min(kRows, g.l - first);
       b.first = first, b.rows = round_up(rows, 4);
       pack_rows(head_of(args->q, g, head) + first * args->q.l, args->q.l, rows, b.rows, g.d, ld,
-                static_cast<W>(g.scale * kLog2e), b.queries);
-      const W bound = std::sqrt(largest_square(b.queries, rows, ld)) * std::sqrt(key_square);
-      if (bound <= W(kBound) && value_square <= W(kLargest))
+                static_cast<W>(g.sign()), b.queries);
+      const W bound = std::sqrt(largest_square(b.queries, rows, ld)) * std::sqrt(key_square) * b.factor;
+      // Among few keys one may have all the weight, and a shift by its score makes its p 1, exactly.
+      if (bound <= W(kBound) && value_square <= W(kLargest) && g.s >= kMaxLanes && !g.causal)
         Block<X, W>::template attend<true>(b);
       else
         Block<X, W>::template attend<false>(b);
@@ -250,7 +258,8 @@ struct Forward {
         const W total = X::sum(X::load(b.total + i * X::kLanes)), inverse = W(1) / total;
         T* const row = head_of(args->out, g, head) + (first + i) * args->out.l;
         for (int64_t c = 0; c < g.d; ++c) row[c] = static_cast<T>(b.sums[i * ld + c] * inverse);
-        args->lse[head * g.l + first + i] = b.shift[i] + std::log2(total);
+        args->sums[head * g.l + first + i] = b.shift[i];
+        args->sums[(g.heads + head) * g.l + first + i] = total;
       }
     }
   }
@@ -262,10 +271,11 @@ struct Forward {
     static constexpr W kInf = std::numeric_limits<W>::infinity();
     const Shape& g;
     int64_t ld;
+    W factor;
     const W *panels, *values;  // packed keys, and v: [S, ld]
-    W *queries, *sums;         // [rows, ld]: q in units of ln 2, and the sum of p v
-    W* scores;                 // [rows, kKeys], then their exp2
-    W *total, *largest;        // [rows, lanes]: the sum of p, and this block's largest score
+    W *queries, *sums;         // [rows, ld]: q, and the sum of p v
+    W* scores;                 // [rows, kKeys]: products of q and k, then p
+    W *total, *largest;        // [rows, lanes]: the sum of p, and this block's largest product
     W* shift;                  // [rows]: what is taken off the scores, as p would overflow without
     int64_t first, rows;
 
@@ -300,7 +310,7 @@ struct Forward {
 #pragma GCC unroll 2
         for (int n = 0; n < 2; ++n) {
           Vec x = acc[m][n];
-          if constexpr (kBounded) x = X::template exp2<false>(x);
+          if constexpr (kBounded) x = X::template exp2<false>(x, b.factor);
           if (__builtin_expect(seen < X::kPanel, 0)) {
             const int64_t limit = b.g.keys(b.first + i + m + 1) - key - j - n * X::kLanes;
             x = X::first(limit) ? x : Vec{} + (kBounded ? W(0) : -kInf);
@@ -316,7 +326,7 @@ struct Forward {
     // Scores become exp2(score - shift), after the shift has been raised to the largest score so far.
     FASTGEN_BODY void exponentials(Block& b, int64_t count) {
       for (int64_t i = 0; i < b.rows; ++i) {
-        const W largest = X::max(X::load(b.largest + i * X::kLanes));
+        const W largest = X::max(X::load(b.largest + i * X::kLanes)) * b.factor;
         Vec total = X::load(b.total + i * X::kLanes);
         if (largest > b.shift[i]) {
           const W factor = std::exp2(b.shift[i] - largest);
@@ -327,7 +337,7 @@ struct Forward {
         const W shift = b.shift[i] == -kInf ? W(0) : b.shift[i];  // nothing seen but -inf so far
         W* const row = b.scores + i * kKeys;
         for (int64_t j = 0; j < count; j += X::kLanes) {
-          const Vec p = X::template exp2<true>(X::load(row + j) - shift);
+          const Vec p = X::template exp2<true>(X::load(row + j), b.factor, shift);
           total += p;
           X::store(row + j, p);
         }
@@ -340,8 +350,8 @@ struct Forward {
 template <typename T>
 struct BackwardArgs {
   Shape g;
-  View<const T> dout, q, k, v, out;
-  const Wide<T>* lse;
+  View<const T> dout, q, k, v;
+  const Wide<T>* sums;
   View<T> dq, dk, dv;
 };
 
@@ -349,7 +359,7 @@ struct BackwardArgs {
 struct Backward {
   static int64_t scratch(const Shape& g) {
     const int64_t keys = round_up(g.s, 2 * kMaxLanes), ld = round_up(g.d, kMaxLanes) + 16;
-    return keys * (2 * g.d + 3 * ld) + kRows * (3 * ld + 2 * kKeys + 2);
+    return keys * (2 * g.d + 3 * ld) + kRows * (3 * ld + 2 * (keys + 16) + kMaxLanes + 2);
   }
 
   template <Isa kIsa, typename T>
@@ -358,13 +368,15 @@ struct Backward {
     using X = Simd<W, vector_bytes(kIsa)>;
     const Shape& g = args->g;
     const int64_t ld = X::ld(g.d), keys = round_up(g.s, X::kPanel);
-    Block<X, W> b{g, ld};
+    Block<X, W> b{g, ld, static_cast<W>(g.factor())};
+    b.stride = keys + 16;  // no power of two
     W* next = memory;
     const auto take = [&next](int64_t n) { return std::exchange(next, next + n); };
     b.key_panels = take(keys * g.d), b.value_panels = take(keys * g.d), b.keys = take(keys * ld);
     b.dk = take(keys * ld), b.dv = take(keys * ld);
     b.queries = take(kRows * ld), b.dout = take(kRows * ld), b.dq = take(kRows * ld);
-    b.p = take(kRows * kKeys), b.ds = take(kRows * kKeys), b.lse = take(kRows), b.delta = take(kRows);
+    b.p = take(kRows * b.stride), b.ds = take(kRows * b.stride), b.delta = take(kRows * X::kLanes);
+    b.shift = take(kRows), b.inverse = take(kRows);
     for (int64_t head = begin; head < end; ++head) {
       const T *k = head_of(args->k, g, head), *v = head_of(args->v, g, head);
       pack_panels<X::kPanel>(k, args->k.l, g.s, g.d, b.key_panels);
@@ -375,23 +387,19 @@ struct Backward {
         const int64_t rows = std::min(kRows, g.l - b.first);
         b.rows = round_up(rows, 4);
         const T* const dout = head_of(args->dout, g, head) + b.first * args->dout.l;
-        const T* const out = head_of(args->out, g, head) + b.first * args->out.l;
         pack_rows(head_of(args->q, g, head) + b.first * args->q.l, args->q.l, rows, b.rows, g.d, ld,
-                  static_cast<W>(g.scale * kLog2e), b.queries);
+                  static_cast<W>(g.sign()), b.queries);
         pack_rows(dout, args->dout.l, rows, b.rows, g.d, ld, W(1), b.dout);
         std::fill_n(b.dq, b.rows * ld, W(0));
         for (int64_t i = 0; i < b.rows; ++i) {
-          W delta = 0;  // in the order in which a tile sums dout vᵀ: with one key the two are equal to the bit
-          for (int64_t c = 0; c < (i < rows ? g.d : 0); ++c)
-            delta += b.dout[i * ld + c] * static_cast<W>(out[i * args->out.l + c]);
-          b.delta[i] = delta;
-          b.lse[i] = i < rows ? args->lse[head * g.l + b.first + i] : W(0);
+          b.shift[i] = i < rows ? args->sums[head * g.l + b.first + i] : W(0);
+          b.inverse[i] = i < rows ? W(1) / args->sums[(g.heads + head) * g.l + b.first + i] : W(0);
         }
         Block<X, W>::attend(b, rows);
         unpack(b.dq, ld, rows, g.d, static_cast<W>(g.scale),
                head_of(args->dq, g, head) + b.first * args->dq.l, args->dq.l);
       }
-      unpack(b.dk, ld, g.s, g.d, static_cast<W>(kLn2), head_of(args->dk, g, head), args->dk.l);
+      unpack(b.dk, ld, g.s, g.d, static_cast<W>(std::abs(g.scale)), head_of(args->dk, g, head), args->dk.l);
       unpack(b.dv, ld, g.s, g.d, W(1), head_of(args->dv, g, head), args->dv.l);
     }
   }
@@ -401,55 +409,69 @@ struct Backward {
     using Vec = typename X::Vec;
     const Shape& g;
     int64_t ld;
+    W factor;
     W *key_panels, *value_panels, *keys;  // k and v as the forward packs k; k: [S, ld]
     W *dk, *dv;                           // [S, ld]
-    W *queries, *dout, *dq;               // [rows, ld]: q in units of ln 2
-    W *p, *ds;                            // [rows, kKeys]: probabilities, and the gradient of the scores
-    W *lse, *delta;                       // [rows]: delta = sum over D of dout out
-    int64_t first, rows;
+    W *queries, *dout, *dq;               // [rows, ld]
+    W *p, *ds;             // [rows, stride]: probabilities; dout vᵀ, then the gradient of the scores
+    W* delta;              // [rows, lanes]: the sum over keys of p (dout vᵀ)
+    W *shift, *inverse;    // [rows]: p = exp2(score - shift) inverse
+    int64_t first, rows, stride;
 
-    // dv = pᵀ dout, ds = p (dout vᵀ - delta), dq = ds k, dk = dsᵀ q; `count` of the block's rows are queries.
+    // dp = dout vᵀ, ds = p (dp - sum p dp), dv = pᵀ dout, dq = ds k, dk = dsᵀ q; `count` of the rows are queries.
+    // The sum is over the very p and dp that it is taken from, as in eager: where one key has all the weight, nothing
+    // is left. (dout out, which is as much, has roundings of its own.)
     FASTGEN_BODY void attend(Block& b, int64_t count) {
       const int64_t all = b.g.keys(b.first + b.rows), width = X::width(b.g.d), ld = b.ld;
+      std::fill_n(b.delta, b.rows * X::kLanes, W(0));
+      for (int64_t j = 0; j < all; j += X::kPanel) {
+        int64_t i = 0;
+        for (; i + 6 <= b.rows; i += 6) tile<6>(b, i, j);
+        for (; i < b.rows; i += 2) tile<2>(b, i, j);
+      }
+      for (int64_t i = 0; i < b.rows; ++i) b.delta[i] = X::sum(X::load(b.delta + i * X::kLanes));
       for (int64_t key = 0; key < all; key += kKeys) {
         const int64_t seen = std::min(kKeys, all - key), padded = round_up(seen, 4);
-        for (int64_t j = 0; j < seen; j += X::kPanel) {
-          int64_t i = 0;
-          for (; i + 6 <= b.rows; i += 6) tile<6>(b, i, key, j);
-          for (; i < b.rows; i += 2) tile<2>(b, i, key, j);
-        }
-        X::add_product(padded, width, b.p, 1, kKeys, b.dout, ld, count, b.dv + key * ld, ld);
-        X::add_product(padded, width, b.ds, 1, kKeys, b.queries, ld, count, b.dk + key * ld, ld);
-        X::add_product(b.rows, width, b.ds, kKeys, 1, b.keys + key * ld, ld, seen, b.dq, ld);
+        W *const p = b.p + key, *const ds = b.ds + key;
+        for (int64_t i = 0; i < b.rows; ++i)
+          for (int64_t j = 0; j < seen; j += X::kLanes) {
+            const int64_t at = i * b.stride + j;
+            X::store(ds + at, X::load(p + at) * (X::load(ds + at) - b.delta[i]));
+          }
+        X::add_product(padded, width, p, 1, b.stride, b.dout, ld, count, b.dv + key * ld, ld);
+        X::add_product(padded, width, ds, 1, b.stride, b.queries, ld, count, b.dk + key * ld, ld);
+        X::add_product(b.rows, width, ds, b.stride, 1, b.keys + key * ld, ld, seen, b.dq, ld);
       }
     }
 
     template <int kM>
-    FASTGEN_BODY void tile(Block& b, int64_t i, int64_t key, int64_t j) {
+    FASTGEN_BODY void tile(Block& b, int64_t i, int64_t j) {
       Vec acc[kM][2] = {};
-      X::template product<kM, 2>(acc, b.queries + i * b.ld, b.ld, 1, b.key_panels + (key + j) * b.g.d, X::kPanel,
-                                 b.g.d);
-      const int64_t seen = b.g.keys(b.first + i + 1) - key - j;
+      X::template product<kM, 2>(acc, b.queries + i * b.ld, b.ld, 1, b.key_panels + j * b.g.d, X::kPanel, b.g.d);
+      const int64_t seen = b.g.keys(b.first + i + 1) - j;
 #pragma GCC unroll 16
       for (int m = 0; m < kM; ++m) {
 #pragma GCC unroll 2
         for (int n = 0; n < 2; ++n) {
-          Vec p = X::template exp2<true>(acc[m][n] - b.lse[i + m]);
+          Vec p = X::template exp2<true>(acc[m][n], b.factor, b.shift[i + m]) * b.inverse[i + m];
           if (__builtin_expect(seen < X::kPanel, 0))
-            p = X::first(b.g.keys(b.first + i + m + 1) - key - j - n * X::kLanes) ? p : Vec{};
-          X::store(b.p + (i + m) * kKeys + j + n * X::kLanes, p);
+            p = X::first(b.g.keys(b.first + i + m + 1) - j - n * X::kLanes) ? p : Vec{};
+          X::store(b.p + (i + m) * b.stride + j + n * X::kLanes, p);
           acc[m][n] = Vec{};
         }
       }
-      X::template product<kM, 2>(acc, b.dout + i * b.ld, b.ld, 1, b.value_panels + (key + j) * b.g.d, X::kPanel,
-                                 b.g.d);
+      X::template product<kM, 2>(acc, b.dout + i * b.ld, b.ld, 1, b.value_panels + j * b.g.d, X::kPanel, b.g.d);
 #pragma GCC unroll 16
       for (int m = 0; m < kM; ++m) {
+        W* const delta = b.delta + (i + m) * X::kLanes;
+        Vec sum = X::load(delta);
 #pragma GCC unroll 2
         for (int n = 0; n < 2; ++n) {
-          const int64_t at = (i + m) * kKeys + j + n * X::kLanes;
-          X::store(b.ds + at, X::load(b.p + at) * (acc[m][n] - b.delta[i + m]));
+          const int64_t at = (i + m) * b.stride + j + n * X::kLanes;
+          sum += X::load(b.p + at) * acc[m][n];
+          X::store(b.ds + at, acc[m][n]);
         }
+        X::store(delta, sum);
       }
     }
   };
@@ -464,15 +486,15 @@ Shape shape_of(const Tensor& q, const Tensor& k, double scale, bool causal) {
   return {q.size(0) * q.size(1), q.size(2), k.size(2), q.size(3), scale, q.size(1), causal};
 }
 
-// q, out: [N, h, L, D]; k, v: [N, h, S, D], of any strides with the last dimension dense; lse: [N, h, L], log2 of the
-// sum of a row's exp(score), in fp32 (fp64 for fp64), dense.
+// q, out: [N, h, L, D]; k, v: [N, h, S, D], of any strides with the last dimension dense; sums: [2, N, h, L], what was
+// taken off a row's scores and the sum of their exp2 then, in fp32 (fp64 for fp64), dense.
 void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, double scale, bool causal, const Tensor& out,
-                   const Tensor& lse) {
+                   const Tensor& sums) {
   const Shape g = shape_of(q, k, scale, causal);
   for_dtype(q, "attention", [&](auto zero) {
     using T = decltype(zero);
     const ForwardArgs<T> args{g, view<const T>(q), view<const T>(k), view<const T>(v), view<T>(out),
-                              fastgen::out<Wide<T>>(lse)};
+                              fastgen::out<Wide<T>>(sums)};
     torch::stable::parallel_for(0, g.heads * g.blocks(), 1, [&](int64_t begin, int64_t end) {
       std::vector<Wide<T>> memory(Forward::scratch(g));
       multiversion<Forward>(&args, memory.data(), begin, end);
@@ -480,15 +502,15 @@ void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, double sca
   });
 }
 
-// dout, out, dq: as q; dk, dv: as k. lse is what the forward left, of which the result is no function.
-void attention_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
-                   const Tensor& lse, double scale, bool causal, const Tensor& dq, const Tensor& dk,
+// dout, dq: as q; dk, dv: as k. sums: what the forward left.
+void attention_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& sums,
+                   double scale, bool causal, const Tensor& dq, const Tensor& dk,
                    const Tensor& dv) {
   const Shape g = shape_of(q, k, scale, causal);
   for_dtype(q, "attention_bwd", [&](auto zero) {
     using T = decltype(zero);
     const BackwardArgs<T> args{g, view<const T>(dout), view<const T>(q), view<const T>(k), view<const T>(v),
-                               view<const T>(out), in<Wide<T>>(lse), view<T>(dq), view<T>(dk), view<T>(dv)};
+                               in<Wide<T>>(sums), view<T>(dq), view<T>(dk), view<T>(dv)};
     torch::stable::parallel_for(0, g.heads, 1, [&](int64_t begin, int64_t end) {
       std::vector<Wide<T>> memory(Backward::scratch(g));
       multiversion<Backward>(&args, memory.data(), begin, end);
@@ -501,9 +523,9 @@ void attention_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const T
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastgen_cpp, m) {
   m.def(
-      "attention_fwd(Tensor q, Tensor k, Tensor v, float scale, bool causal, Tensor(a!) out, Tensor(b!) lse) -> ()");
+      "attention_fwd(Tensor q, Tensor k, Tensor v, float scale, bool causal, Tensor(a!) out, Tensor(b!) sums) -> ()");
   m.def(
-      "attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, bool causal, "
+      "attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor sums, float scale, bool causal, "
       "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastgen_cpp, CPU, m) {

@@ -83,31 +83,33 @@ def _scale(scale: float | None, q: Tensor) -> float:
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, scale: Any, causal: bool, backend: Any) -> tuple[Tensor, Tensor]:
-    """-> out [N, h, L, D]; lse [N, h, L], log2 of each row's sum of exp(score), in at least fp32."""
+    """-> out [N, h, L, D] and sums [2, N, h, L] in at least fp32: m, and the sum over S of 2^(score·log2(e) - m), by
+    which backward makes exactly the same probabilities again."""
     backend = backends.resolve("attention", q.device, backend)
-    out, lse = _fake(q, k, v)
+    out, sums = _fake(q, k, v)
     if q.numel() == 0 or k.numel() == 0:
-        return out.copy_(attention_reference(q, k, v, scale, causal)), lse.zero_()
+        return out.copy_(attention_reference(q, k, v, scale, causal)), sums.zero_()
     rows = [_rows(x) for x in (q, k, v)]
     if backend == "reference":
-        return _sdpa_with_lse(*rows, scale, causal, out, lse)
-    backends.kernel("attention", "attention_fwd", backend)(*rows, _scale(scale, q), causal, out, lse)
-    return out, lse
+        return _sdpa_with_sums(*rows, scale, causal, out, sums)
+    backends.kernel("attention", "attention_fwd", backend)(*rows, _scale(scale, q), causal, out, sums)
+    return out, sums
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
 
 
-def _sdpa_with_lse(
-    q: Tensor, k: Tensor, v: Tensor, scale: Any, causal: bool, out: Tensor, lse: Tensor
+def _sdpa_with_sums(
+    q: Tensor, k: Tensor, v: Tensor, scale: Any, causal: bool, out: Tensor, sums: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """On the CPU PyTorch's attention tells lse, and a compiled backward may be another backend's than its forward.
-    Elsewhere there is no other backend, and nobody reads lse."""
+    """On the CPU PyTorch's attention tells the logarithm of the sum, for a compiled backward may be another backend's
+    than its forward. Elsewhere there is no other backend, and nobody reads sums."""
     if q.device.type != "cpu":
-        return _lay(_sdpa(q, k, v, scale, causal), out), lse.zero_()
+        return _lay(_sdpa(q, k, v, scale, causal), out), sums.zero_()
     made, logs = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
-    return _lay(made, out), torch.mul(logs, _LOG2E, out=lse)
+    sums[0], sums[1] = logs * _LOG2E, 1
+    return _lay(made, out), sums
 
 
 def _lay(x: Tensor, target: Tensor) -> Tensor:
@@ -115,34 +117,35 @@ def _lay(x: Tensor, target: Tensor) -> Tensor:
     return x if x.stride() == target.stride() else target.copy_(x)
 
 
-def _fake_lse(q: Tensor) -> Tensor:
-    return q.new_empty(q.shape[:3], dtype=wide(q.dtype))
+def _fake_sums(q: Tensor) -> Tensor:
+    return q.new_empty((2, *q.shape[:3]), dtype=wide(q.dtype))
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return _like(q), _fake_lse(q)
+    return _like(q), _fake_sums(q)
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     q, k, v, ctx.scale, ctx.causal, backend = inputs
-    out, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(q, k, v, out, lse)
+    out, sums = output
+    ctx.mark_non_differentiable(sums)
+    ctx.save_for_backward(q, k, v, out, sums)
     ctx.backend = backends.resolve("attention", q.device, backend)
 
 
 def _backward(ctx: Any, dout: Tensor | None, *_: Any) -> tuple:
     if dout is None:
         return (None,) * 6
-    q, k, v, out, lse = ctx.saved_tensors
-    grads = _BACKWARD(dout, q, k, v, out.detach(), lse, ctx.scale, ctx.causal, ctx.backend)
+    q, k, v, out, sums = ctx.saved_tensors
+    grads = _BACKWARD(dout, q, k, v, out.detach(), sums, ctx.scale, ctx.causal, ctx.backend)
     return *grads, None, None, None
 
 
 def _backward_op(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: Any, causal: bool, backend: Any
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, scale: Any, causal: bool, backend: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> dq, dk, dv. The probabilities are made again from the scores and lse."""
+    """-> dq, dk, dv. The probabilities are made again from the scores and sums; out is for the
+    reference."""
     backend = backends.resolve("attention", q.device, backend)
     grads = _backward_fake(dout, q, k, v)
     empty = q.numel() == 0 or k.numel() == 0
@@ -153,10 +156,10 @@ def _backward_op(
             found = vjp(lambda *qkv: fn(*qkv, scale, causal), rows[1:4], (dout,))
     elif backend == "reference":
         backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        found = backward(*rows, lse / _LOG2E, 0.0, causal, scale=scale)
+        found = backward(*rows, sums[0] / _LOG2E + sums[1].log(), 0.0, causal, scale=scale)
     else:
         launch = backends.kernel("attention", "attention_bwd", backend)
-        launch(*rows, lse, _scale(scale, q), causal, *grads)
+        launch(*rows[:4], sums, _scale(scale, q), causal, *grads)
         return grads
     return tuple(_lay(x, g) for x, g in zip(found, grads, strict=True))
 
@@ -171,7 +174,7 @@ def _backward_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _double_backward(ctx: Any, *grads: Tensor | None) -> tuple:
-    """out and lse are functions of q, k and v, whose gradients here go through them too."""
+    """out and sums are functions of q, k and v, whose gradients here go through them too."""
 
     def backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor | None, ...]:
         return tuple(vjp(lambda *qkv: attention_reference(*qkv, ctx.scale, ctx.causal), (q, k, v), (dout,)))
@@ -181,7 +184,7 @@ def _double_backward(ctx: Any, *grads: Tensor | None) -> tuple:
 
 
 _BACKWARD = FusedOp(
-    "attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float? scale, bool causal, "
+    "attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor sums, float? scale, bool causal, "
     "str? backend) -> (Tensor, Tensor, Tensor)",
     _backward_op,
     _backward_fake,

@@ -144,7 +144,7 @@ def test_without_elements(shape):
 def extremes():
     """q, k, v in which some element is NaN or infinite, by what is so."""
     for where in range(3):
-        for value in (NAN, INF, -INF, 3e38):
+        for value in (NAN, INF, -INF):
             inputs = made(1, 2, 20, 8, keys=150)
             inputs[where][0, 0, 13, 2] = value
             yield f"{'qkv'[where]}={value}", inputs
@@ -195,10 +195,10 @@ def test_backward_may_follow_another_backend():
     found = {}
     for place in PLACES:
         if place.device == "cpu":
-            out, lse = torch.ops.fastgen.attention(q, k, v, None, True, place.backend)
+            out, sums = torch.ops.fastgen.attention(q, k, v, None, True, place.backend)
             for other in PLACES:
                 if other.device == "cpu":
-                    args = (torch.ones_like(out), q, k, v, out, lse, None, True, other.backend)
+                    args = (torch.ones_like(out), q, k, v, out, sums, None, True, other.backend)
                     found[str(place), str(other)] = torch.ops.fastgen.attention_bwd(*args)
     first, *rest = found.values()
     for grads in rest:
