@@ -101,14 +101,18 @@ struct Simd {
     return lane < static_cast<Int>(std::clamp<int64_t>(n, 0, kLanes));
   }
   FASTGEN_BODY W sum(const Vec& x) {
-    W total = 0;
-    for (int i = 0; i < kLanes; ++i) total += x[i];
-    return total;
+    W part[kLanes];
+    store(part, x);
+    for (int n = kLanes / 2; n > 0; n /= 2)
+      for (int i = 0; i < n; ++i) part[i] += part[i + n];
+    return part[0];
   }
   FASTGEN_BODY W max(const Vec& x) {
-    W largest = x[0];
-    for (int i = 1; i < kLanes; ++i) largest = x[i] > largest ? x[i] : largest;
-    return largest;
+    W part[kLanes];
+    store(part, x);
+    for (int n = kLanes / 2; n > 0; n /= 2)
+      for (int i = 0; i < n; ++i) part[i] = part[i] > part[i + n] ? part[i] : part[i + n];
+    return part[0];
   }
 
   // acc[m][n] += sum over k of a[m am + k ak] b[k ldb + n lanes]: the registers' share of every product below.
@@ -160,46 +164,60 @@ struct Simd {
   }
 };
 
-// rows [n, ld] of x [n, d], times a factor, in W; zeros behind d and in the rows up to `padded`.
-template <typename W, typename T>
+// y [n] = x [n] times a factor, from or to W.
+template <typename X, typename W, typename From, typename To>
+FASTGEN_BODY void convert(const From* x, int64_t n, W factor, To* y) {
+  int64_t i = 0;
+  if constexpr (std::is_same_v<From, To>)
+    for (; i + X::kLanes <= n; i += X::kLanes) X::store(y + i, X::load(x + i) * factor);
+  for (; i < n; ++i) y[i] = static_cast<To>(static_cast<W>(x[i]) * factor);
+}
+
+// rows [padded, ld] of x [n, d], times a factor; zeros behind d and in the rows from n on.
+template <typename X, typename W, typename T>
 FASTGEN_BODY void pack_rows(const T* x, int64_t stride, int64_t n, int64_t padded, int64_t d, int64_t ld, W factor,
                             W* rows) {
-  for (int64_t i = 0; i < padded; ++i) {
-    W* row = rows + i * ld;
+  for (int64_t i = 0; i < padded; ++i, rows += ld) {
     const int64_t filled = i < n ? d : 0;
-    for (int64_t c = 0; c < filled; ++c) row[c] = static_cast<W>(x[i * stride + c]) * factor;
-    for (int64_t c = filled; c < ld; ++c) row[c] = 0;
+    convert<X>(x + i * stride, filled, factor, rows);
+    for (int64_t c = filled; c < ld; ++c) rows[c] = 0;
   }
 }
 
-// panels [n / width, d, width] of x [n, d]: each row's elements a panel apart; zeros behind n.
-template <int kWidth, typename W, typename T>
+// panels [n / width, d, width] of x [n, d]: each row's elements a panel's width apart; zeros behind n.
+template <typename X, typename W, typename T>
 FASTGEN_BODY void pack_panels(const T* x, int64_t stride, int64_t n, int64_t d, W* panels) {
-  for (int64_t first = 0; first < n; first += kWidth, panels += d * kWidth) {
-    const int64_t filled = std::min<int64_t>(kWidth, n - first);
-    if (filled < kWidth) std::fill_n(panels, d * kWidth, W(0));
+  for (int64_t first = 0; first < n; first += X::kPanel, panels += d * X::kPanel) {
+    const int64_t filled = std::min<int64_t>(X::kPanel, n - first);
+    if (filled < X::kPanel) std::fill_n(panels, d * X::kPanel, W(0));
     for (int64_t i = 0; i < filled; ++i)
-      for (int64_t c = 0; c < d; ++c) panels[c * kWidth + i] = static_cast<W>(x[(first + i) * stride + c]);
+      for (int64_t c = 0; c < d; ++c) panels[c * X::kPanel + i] = static_cast<W>(x[(first + i) * stride + c]);
   }
 }
 
 // y [n, d] = rows [n, ld] times a factor.
-template <typename W, typename T>
+template <typename X, typename W, typename T>
 FASTGEN_BODY void unpack(const W* rows, int64_t ld, int64_t n, int64_t d, W factor, T* y, int64_t stride) {
-  for (int64_t i = 0; i < n; ++i)
-    for (int64_t c = 0; c < d; ++c) y[i * stride + c] = static_cast<T>(rows[i * ld + c] * factor);
+  for (int64_t i = 0; i < n; ++i) convert<X>(rows + i * ld, d, factor, y + i * stride);
 }
 
-// The largest |row|² and the largest |element| of rows [n, ld].
-template <typename W>
-FASTGEN_BODY W largest_square(const W* rows, int64_t n, int64_t ld) {
-  W largest = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    W square = 0;
-    for (int64_t c = 0; c < ld; ++c) square += rows[i * ld + c] * rows[i * ld + c];
-    largest = square <= largest ? largest : square;  // NaN stays
+// The largest sum of squares over `terms` vectors `step` apart, of each lane of a group by itself; groups are `size`
+// apart. Of packed keys that is |k|²; of rows, with one term, an element's square. NaN may get lost: it finds its own
+// way through the sums, with or without a shift.
+template <typename X, typename W>
+FASTGEN_BODY W largest_square(const W* x, int64_t groups, int64_t size, int64_t terms, int64_t step) {
+  typename X::Vec largest = {};
+  for (int64_t g = 0; g < groups; ++g) {
+    typename X::Vec square = {};
+    for (int64_t t = 0; t < terms; ++t) {
+      const typename X::Vec value = X::load(x + g * size + t * step);
+      square += value * value;
+    }
+    largest = square <= largest ? largest : square;
   }
-  return largest;
+  W result = 0;
+  for (int i = 0; i < X::kLanes; ++i) result = largest[i] <= result ? result : largest[i];
+  return result;
 }
 
 template <typename T>
@@ -237,18 +255,32 @@ struct Forward {
       const int64_t head = task / g.blocks(), first = task % g.blocks() * kRows;
       if (head != packed) {
         const T *k = head_of(args->k, g, head), *v = head_of(args->v, g, head);
-        pack_rows(k, args->k.l, g.s, g.s, g.d, ld, W(1), values);
-        key_square = largest_square(values, g.s, ld);
-        pack_panels<X::kPanel>(k, args->k.l, g.s, g.d, panels);
-        pack_rows(v, args->v.l, g.s, g.s, g.d, ld, W(1), values);
-        value_square = largest_square(values, g.s, ld);
+        pack_panels<X>(k, args->k.l, g.s, g.d, panels);
+        key_square = 0;
+        for (int half = 0; half < 2; ++half) {
+          const W square =
+              largest_square<X>(panels + half * X::kLanes, keys / X::kPanel, g.d * X::kPanel, g.d, X::kPanel);
+          key_square = square <= key_square ? key_square : square;
+        }
+        pack_rows<X>(v, args->v.l, g.s, g.s, g.d, ld, W(1), values);
+        value_square = largest_square<X>(values, g.s * ld / X::kLanes, X::kLanes, 1, 0);
         packed = head;
       }
       const int64_t rows = std::min(kRows, g.l - first);
       b.first = first, b.rows = round_up(rows, 4);
-      pack_rows(head_of(args->q, g, head) + first * args->q.l, args->q.l, rows, b.rows, g.d, ld,
+      pack_rows<X>(head_of(args->q, g, head) + first * args->q.l, args->q.l, rows, b.rows, g.d, ld,
                 static_cast<W>(g.sign()), b.queries);
-      const W bound = std::sqrt(largest_square(b.queries, rows, ld)) * std::sqrt(key_square) * b.factor;
+      W row_square = 0;
+      for (int64_t i = 0; i < rows; ++i) {
+        typename X::Vec square = {};
+        for (int64_t c = 0; c < ld; c += X::kLanes) {
+          const typename X::Vec value = X::load(b.queries + i * ld + c);
+          square += value * value;
+        }
+        const W sum = X::sum(square);
+        row_square = sum <= row_square ? row_square : sum;
+      }
+      const W bound = std::sqrt(row_square) * std::sqrt(key_square) * b.factor;
       // Among few keys one may have all the weight, and a shift by its score makes its p 1, exactly.
       if (bound <= W(kBound) && value_square <= W(kLargest) && g.s >= kMaxLanes && !g.causal)
         Block<X, W>::template attend<true>(b);
@@ -257,7 +289,7 @@ struct Forward {
       for (int64_t i = 0; i < rows; ++i) {
         const W total = X::sum(X::load(b.total + i * X::kLanes)), inverse = W(1) / total;
         T* const row = head_of(args->out, g, head) + (first + i) * args->out.l;
-        for (int64_t c = 0; c < g.d; ++c) row[c] = static_cast<T>(b.sums[i * ld + c] * inverse);
+        convert<X>(b.sums + i * ld, g.d, inverse, row);
         args->sums[head * g.l + first + i] = b.shift[i];
         args->sums[(g.heads + head) * g.l + first + i] = total;
       }
@@ -379,28 +411,28 @@ struct Backward {
     b.shift = take(kRows), b.inverse = take(kRows);
     for (int64_t head = begin; head < end; ++head) {
       const T *k = head_of(args->k, g, head), *v = head_of(args->v, g, head);
-      pack_panels<X::kPanel>(k, args->k.l, g.s, g.d, b.key_panels);
-      pack_panels<X::kPanel>(v, args->v.l, g.s, g.d, b.value_panels);
-      pack_rows(k, args->k.l, g.s, g.s, g.d, ld, W(1), b.keys);
+      pack_panels<X>(k, args->k.l, g.s, g.d, b.key_panels);
+      pack_panels<X>(v, args->v.l, g.s, g.d, b.value_panels);
+      pack_rows<X>(k, args->k.l, g.s, g.s, g.d, ld, W(1), b.keys);
       std::fill_n(b.dk, 2 * keys * ld, W(0));  // and dv, behind it
       for (b.first = 0; b.first < g.l; b.first += kRows) {
         const int64_t rows = std::min(kRows, g.l - b.first);
         b.rows = round_up(rows, 4);
         const T* const dout = head_of(args->dout, g, head) + b.first * args->dout.l;
-        pack_rows(head_of(args->q, g, head) + b.first * args->q.l, args->q.l, rows, b.rows, g.d, ld,
+        pack_rows<X>(head_of(args->q, g, head) + b.first * args->q.l, args->q.l, rows, b.rows, g.d, ld,
                   static_cast<W>(g.sign()), b.queries);
-        pack_rows(dout, args->dout.l, rows, b.rows, g.d, ld, W(1), b.dout);
+        pack_rows<X>(dout, args->dout.l, rows, b.rows, g.d, ld, W(1), b.dout);
         std::fill_n(b.dq, b.rows * ld, W(0));
         for (int64_t i = 0; i < b.rows; ++i) {
           b.shift[i] = i < rows ? args->sums[head * g.l + b.first + i] : W(0);
           b.inverse[i] = i < rows ? W(1) / args->sums[(g.heads + head) * g.l + b.first + i] : W(0);
         }
         Block<X, W>::attend(b, rows);
-        unpack(b.dq, ld, rows, g.d, static_cast<W>(g.scale),
+        unpack<X>(b.dq, ld, rows, g.d, static_cast<W>(g.scale),
                head_of(args->dq, g, head) + b.first * args->dq.l, args->dq.l);
       }
-      unpack(b.dk, ld, g.s, g.d, static_cast<W>(std::abs(g.scale)), head_of(args->dk, g, head), args->dk.l);
-      unpack(b.dv, ld, g.s, g.d, W(1), head_of(args->dv, g, head), args->dv.l);
+      unpack<X>(b.dk, ld, g.s, g.d, static_cast<W>(std::abs(g.scale)), head_of(args->dk, g, head), args->dk.l);
+      unpack<X>(b.dv, ld, g.s, g.d, W(1), head_of(args->dv, g, head), args->dv.l);
     }
   }
 
