@@ -104,8 +104,11 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def resolve(op: str, device: torch.device, backend: str | None = None) -> str:
-    """The backend that ``op`` runs on for tensors on ``device``; ``backend`` is the caller's argument."""
+def resolve(op: str, device: torch.device, backend: str | None = None, wins: bool = True) -> str:
+    """The backend that ``op`` runs on for tensors on ``device``; ``backend`` is the caller's argument.
+
+    Where nobody names one and no kernel ``wins`` for the tensors at hand, that is plain PyTorch.
+    """
     if backend is not None:
         return _pick(op, device.type, _parse(backend, "backend"), "backend")
     chosen = _choice.get()
@@ -114,7 +117,7 @@ def resolve(op: str, device: torch.device, backend: str | None = None) -> str:
     environment = os.environ.get("FASTGEN_BACKEND")
     if environment:
         return _pick(op, device.type, _parse(environment, "FASTGEN_BACKEND"), "FASTGEN_BACKEND")
-    return _auto(op, device.type)
+    return _auto(op, device.type) if wins else "reference"
 
 
 def _pick(op: str, device: str, backends: tuple[str, ...], source: str) -> str:

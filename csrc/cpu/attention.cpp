@@ -389,6 +389,8 @@ struct BackwardArgs {
 
 // A task is a whole head, since dk and dv are sums over all queries and dq over all keys.
 struct Backward {
+  // Queries in a block: as many as leave whole rows of p and dp in the L2 cache.
+  static int64_t step(const Shape& g) { return g.s <= 1024 ? kRows : kRows / 2; }
   static int64_t scratch(const Shape& g) {
     const int64_t keys = round_up(g.s, 2 * kMaxLanes), ld = round_up(g.d, kMaxLanes) + 16;
     return keys * (2 * g.d + 3 * ld) + kRows * (3 * ld + 2 * (keys + 16) + kMaxLanes + 2);
@@ -415,8 +417,8 @@ struct Backward {
       pack_panels<X>(v, args->v.l, g.s, g.d, b.value_panels);
       pack_rows<X>(k, args->k.l, g.s, g.s, g.d, ld, W(1), b.keys);
       std::fill_n(b.dk, 2 * keys * ld, W(0));  // and dv, behind it
-      for (b.first = 0; b.first < g.l; b.first += kRows) {
-        const int64_t rows = std::min(kRows, g.l - b.first);
+      for (b.first = 0; b.first < g.l; b.first += step(g)) {
+        const int64_t rows = std::min(step(g), g.l - b.first);
         b.rows = round_up(rows, 4);
         const T* const dout = head_of(args->dout, g, head) + b.first * args->dout.l;
         pack_rows<X>(head_of(args->q, g, head) + b.first * args->q.l, args->q.l, rows, b.rows, g.d, ld,

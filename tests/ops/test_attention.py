@@ -4,7 +4,7 @@ import pytest
 import torch
 from suite import VIEWS, OpSuite, errors, places
 
-from fastgen import ops, testing, use_backend
+from fastgen import backends, ops, testing, use_backend
 
 PLACES = places("attention")
 KERNELS = [place for place in PLACES if place.backend != "reference"]  # the rule is for ours
@@ -203,6 +203,23 @@ def test_backward_may_follow_another_backend():
     first, *rest = found.values()
     for grads in rest:
         torch.testing.assert_close(grads, first)
+
+
+def test_auto_takes_the_kernel_where_it_wins(monkeypatch):
+    real, seen = backends.kernel, []
+    monkeypatch.setattr(backends, "kernel", lambda *args: seen.append(args) or real(*args))
+    for d, keys, dtype, wins in (
+        (64, 5, torch.float32, True), (65, 5, torch.float32, False), (32, 4097, torch.float32, False),
+        (128, 5, torch.bfloat16, True), (8, 5, torch.float64, False),
+    ):  # fmt: skip
+        seen.clear()
+        q, k, v = (x.requires_grad_() for x in made(1, 1, 5, d, keys=keys, dtype=dtype))
+        ops.attention(q, k, v).sum().backward()
+        assert len(seen) == (2 if wins and backends.preferred("attention", "cpu") == "cpp" else 0)
+        if backends.why_not("attention", "cpp", "cpu") is None:
+            with use_backend("cpp"):
+                ops.attention(q, k, v)
+            assert seen[-1][1:] == ("attention_fwd", "cpp")  # asked for, it runs in any case
 
 
 def test_use_backend():
