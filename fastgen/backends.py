@@ -42,10 +42,13 @@ STEMS = {
 }
 
 # What "auto" tries, best first; an op that is not named takes the device's default.
-# attention: PyTorch's scaled_dot_product_attention is what there is, on every device.
+# On a GPU some ops have no kernel of their own yet: PyTorch's operators, attention's in one piece.
 AUTO: dict[str, dict[str, tuple[str, ...]]] = {
-    "cpu": {"default": ("cpp", "reference"), "attention": ("reference",)},
-    "cuda": {"default": ("cuda", "triton", "reference"), "attention": ("reference",)},
+    "cpu": {"default": ("cpp", "reference")},
+    "cuda": {
+        "default": ("cuda", "triton", "reference"),
+        **dict.fromkeys(("attention", "batch_norm_act", "conv2d", "norm_act_conv2d"), ("reference",)),
+    },
 }
 
 _choice: contextvars.ContextVar[tuple[str, ...] | None] = contextvars.ContextVar("fastgen_backend", default=None)
@@ -107,8 +110,11 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def resolve(op: str, device: torch.device, backend: str | None = None) -> str:
-    """The backend that ``op`` runs on for tensors on ``device``; ``backend`` is the caller's argument."""
+def resolve(op: str, device: torch.device, backend: str | None = None, wins: bool = True) -> str:
+    """The backend that ``op`` runs on for tensors on ``device``; ``backend`` is the caller's argument.
+
+    Where nobody names one and no kernel ``wins`` for the tensors at hand, that is plain PyTorch.
+    """
     if backend is not None:
         return _pick(op, device.type, _parse(backend, "backend"), "backend")
     chosen = _choice.get()
@@ -117,7 +123,7 @@ def resolve(op: str, device: torch.device, backend: str | None = None) -> str:
     environment = os.environ.get("FASTGEN_BACKEND")
     if environment:
         return _pick(op, device.type, _parse(environment, "FASTGEN_BACKEND"), "FASTGEN_BACKEND")
-    return _auto(op, device.type)
+    return _auto(op, device.type) if wins else "reference"
 
 
 def _pick(op: str, device: str, backends: tuple[str, ...], source: str) -> str:

@@ -201,11 +201,14 @@ def _to_uint8(*shape: int, bench: bool = False) -> OpCase:
     return OpCase("to_uint8", _shape(*shape), lambda g: {"x": _normal(g, *shape)}, (), ("x",), bench)
 
 
-def _attention(n: int, h: int, length: int, d: int, causal: bool = False, bench: bool = False) -> OpCase:
+def _attention(
+    n: int, h: int, length: int, d: int, keys: int | None = None, causal: bool = False, bench: bool = False
+) -> OpCase:
     def make(g: torch.Generator) -> Inputs:
-        return {name: _normal(g, n, h, length, d) for name in "qkv"} | {"causal": causal}
+        sizes = {"q": length, "k": keys or length, "v": keys or length}
+        return {name: _normal(g, n, h, size, d) for name, size in sizes.items()} | {"causal": causal}
 
-    label = _shape(n, h, length, d) + ("-causal" if causal else "")
+    label = _shape(n, h, length, d) + (f"-keys{keys}" if keys else "") + ("-causal" if causal else "")
     return OpCase("attention", label, make, ("q", "k", "v"), (), bench)
 
 
@@ -267,7 +270,9 @@ CASES: dict[str, list[OpCase]] = {
         _to_uint8(16, 3, 256, 256, bench=True), _to_uint8(64, 3, 64, 64, bench=True),
     ],
     "attention": [
-        _attention(2, 3, 17, 8), _attention(1, 2, 9, 5, causal=True), _attention(1, 1, 1, 1),
+        _attention(2, 3, 17, 8), _attention(2, 2, 9, 5, causal=True), _attention(1, 1, 1, 1),
+        _attention(2, 2, 50, 16, keys=131), _attention(2, 1, 70, 24, keys=7, causal=True),
+        _attention(1, 2, 13, 33, keys=150, causal=True), _attention(1, 1, 99, 64), _attention(0, 2, 5, 8),
         _attention(4, 32, 256, 8, bench=True), _attention(4, 8, 256, 32, bench=True),
         _attention(4, 4, 1024, 64, bench=True),
     ],

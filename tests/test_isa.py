@@ -22,12 +22,12 @@ pytestmark = pytest.mark.skipif(backends.library_error("cpu") is not None, reaso
 PROGRAM = """
 import json
 import torch
-from suite import NATIVE, Place, errors
+from suite import CPP, Place, errors
 from fastgen import ops, testing
 
 torch.set_num_threads(2)
 wrong, place = [], Place("cpp", "cpu")
-for op in NATIVE:
+for op in CPP:
     for case in testing.cases(op):
         for dtype in (torch.float32, torch.bfloat16):
             for channels_last in (False, True) if case.images else (False,):

@@ -25,12 +25,9 @@ from fastgen import backends, ops, testing
 from fastgen.ops.diffusion_step import KEEP
 from fastgen.testing import Inputs, OpCase, max_error, tolerance
 
-# The ops with kernels in C++, most of them in Triton too, and a table of cases.
-NATIVE = (
-    "philox_normal", "reparameterize", "q_sample", "diffusion_step", "group_norm_act", "batch_norm_act", "to_uint8",
-)  # fmt: skip
-# Those of them whose Triton kernels are still to come.
-CPP_ONLY = ("batch_norm_act",)
+# The ops with kernels in C++ and in Triton, and a table of cases; and those with kernels in C++.
+NATIVE = ("philox_normal", "reparameterize", "q_sample", "diffusion_step", "group_norm_act", "to_uint8")
+CPP = (*NATIVE, "attention", "batch_norm_act", "conv2d", "norm_act_conv2d")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 # The noise that an op makes from seeds: (stream, the argument that is its step).
@@ -42,7 +39,7 @@ NOISE = {
 # Arguments with one row per image (model_out has two where there is guidance).
 BATCHED = (
     "mu", "logvar", "noise", "seeds", "x0", "t", "x_t", "model_out", "history", "x", "skip", "scale", "shift",
-    "residual",
+    "residual", "q", "k", "v",
 )  # fmt: skip
 
 
@@ -85,7 +82,7 @@ def schema_args(name: str, inputs: Inputs, backend: str | None) -> list[Any]:
 def dispatch(op: str, inputs: Inputs, backend: str | None = None) -> list[Tensor]:
     """The op by way of the dispatcher, cut down to what the public function returns."""
     out = flat(getattr(torch.ops.fastgen, op).default(*schema_args(op, inputs, backend)))
-    if op in ("group_norm_act", "batch_norm_act"):
+    if op in ("group_norm_act", "batch_norm_act", "attention", "conv2d", "norm_act_conv2d"):
         return out[:1]
     if op == "diffusion_step":
         return out if inputs["keep"] else out[:1]
