@@ -7,8 +7,6 @@
 // The build forbids contraction for the sake of the noise, of which there is none here: a multiplication and an
 // addition may become one fused instruction.
 #pragma GCC optimize("fp-contract=fast")
-// A loop that copies a row stays a loop: as `rep movs`, which GCC makes of it, it takes a fifth of the forward's time.
-#pragma GCC optimize("no-tree-loop-distribute-patterns")
 
 #include <cmath>
 #include <vector>
@@ -160,8 +158,7 @@ FASTGEN_BODY void sums_body(const T* x, int64_t ldx, const T* dy, int64_t ldy, T
   for_blocks(rows, cols, [&](int64_t r0, int64_t nr, int64_t c0, int64_t nc) __attribute__((always_inline)) {
     dz_block<kColumns>(x + r0 * ldx + c0, ldx, dy + r0 * ldy + c0, ldy, nr, nc, c0, p, code, d, dz);
     if constexpr (std::is_same_v<T, W>)
-      for (int64_t r = 0; r < nr; ++r)
-        for (int64_t i = 0; i < nc; ++i) dx[(r0 + r) * ldx + c0 + i] = dz[r * nc + i];
+      for (int64_t r = 0; r < nr; ++r) std::copy_n(dz + r * nc, nc, dx + (r0 + r) * ldx + c0);
     if constexpr (kColumns) {
       for (int64_t r = 0; r < nr; ++r)
         for (int64_t i = 0; i < nc; ++i) {
