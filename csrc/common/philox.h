@@ -94,12 +94,15 @@ FASTGEN_HD float log_rn(float u) {
 
 // Two standard normals from two words: radius sqrt(-2 ln u1), u1 = ((a >> 8) + 1) 2^-24 in (0, 1],
 // angle 2 pi (b >> 8) 2^-24. The angle is reduced to [-pi/4, pi/4] in integers, hence exactly.
-FASTGEN_HD void box_muller(uint32_t a, uint32_t b, float& first, float& second) {
+FASTGEN_HD float squared_radius(uint32_t a) {
   const float u1 = mul_rn(static_cast<float>(static_cast<int32_t>(a >> 8) + 1), 5.9604644775390625e-8f);
-  const float radius = sqrt_rn(mul_rn(log_rn(u1), -2.0f));
-  const int32_t k = static_cast<int32_t>(b >> 8);
-  const int32_t quadrant = (k + (1 << 21)) >> 22;  // 0 … 4
-  const float x = mul_rn(static_cast<float>(k - quadrant * (1 << 22)), 3.7450702829239286e-7f);  // pi/2 2^-22
+  return mul_rn(log_rn(u1), -2.0f);
+}
+FASTGEN_HD void at_angle(float squared, uint32_t b, float& first, float& second) {
+  const float radius = sqrt_rn(squared);
+  // The top two bits of b + 2^29 are the quadrant; b's other bits but the lowest 8, with a sign, are the rest.
+  const uint32_t quadrant = b + (1u << 29), odd = quadrant << 1;
+  const float x = mul_rn(static_cast<float>(static_cast<int32_t>(b << 2) >> 10), 3.7450702829239286e-7f);  // pi/2 2^-22
   const float z = mul_rn(x, x);
   float s = add_rn(mul_rn(z, -1.9515295891e-4f), 8.3321608736e-3f);
   s = add_rn(mul_rn(s, z), -1.6666654611e-1f);
@@ -107,12 +110,14 @@ FASTGEN_HD void box_muller(uint32_t a, uint32_t b, float& first, float& second) 
   float c = add_rn(mul_rn(z, 2.443315711809948e-5f), -1.388731625493765e-3f);
   c = add_rn(mul_rn(c, z), 4.166664568298827e-2f);
   c = add_rn(add_rn(mul_rn(mul_rn(c, z), z), mul_rn(z, -0.5f)), 1.0f);
-  const bool swapped = quadrant & 1;
+  const bool swapped = static_cast<int32_t>(odd) < 0;
   const float cos_abs = swapped ? s : c, sin_abs = swapped ? c : s;
-  const float cos_v = ((quadrant + 1) & 2) ? -cos_abs : cos_abs;
-  const float sin_v = (quadrant & 2) ? -sin_abs : sin_abs;
-  first = mul_rn(radius, cos_v);
-  second = mul_rn(radius, sin_v);
+  first = mul_rn(radius, bits_float(float_bits(cos_abs) ^ ((quadrant ^ odd) & 0x80000000u)));
+  second = mul_rn(radius, bits_float(float_bits(sin_abs) ^ (quadrant & 0x80000000u)));
+}
+
+FASTGEN_HD void box_muller(uint32_t a, uint32_t b, float& first, float& second) {
+  at_angle(squared_radius(a), b, first, second);
 }
 
 // The four normals of one counter: elements 4 block … 4 block + 3 of the image.

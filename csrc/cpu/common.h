@@ -39,6 +39,12 @@ T* out(const OptTensor& t) {
   return t ? out<T>(*t) : nullptr;
 }
 
+// p + offset, and null for null
+template <typename T>
+T* at(T* p, int64_t offset) {
+  return p == nullptr ? nullptr : p + offset;
+}
+
 // An image in memory, element i (row-major over C, H, W) at (i / inner) * row_stride + (i % inner) * inner_stride.
 // Contiguous: one row. Channels last: a row per channel.
 struct Rows {
@@ -64,6 +70,37 @@ void for_spans(const Rows& r, const F& body) {
                 image * r.size + line * r.row_stride + start * r.inner_stride, r.inner_stride});
     }
   });
+}
+
+// A span's elements, count of them stride apart, without gaps and widened: where they lie if that is what they are,
+// else in the buffer. So a body's arithmetic vectorises whatever the layout; its loop says `omp simd`, since the
+// compiler cannot know that none of the pointers overlap.
+template <typename T, typename W>
+FASTGEN_BODY const W* gather(const T* __restrict p, int64_t count, int64_t stride, W* __restrict buffer) {
+  if (stride == 1) {
+    if constexpr (std::is_same_v<T, W>) return p;
+    for (int64_t i = 0; i < count; ++i) buffer[i] = static_cast<W>(p[i]);
+  } else {
+    for (int64_t i = 0; i < count; ++i) buffer[i] = static_cast<W>(p[i * stride]);
+  }
+  return buffer;
+}
+// Where to put results for `scatter`, which takes them to their place if they are not there yet.
+template <typename T, typename W>
+FASTGEN_BODY W* target(T* p, int64_t stride, W* buffer) {
+  if constexpr (std::is_same_v<T, W>)
+    if (stride == 1) return p;
+  return buffer;
+}
+template <typename T, typename W>
+FASTGEN_BODY void scatter(const W* values, int64_t count, int64_t stride, T* p) {
+  if (static_cast<const void*>(values) == p) return;
+  if (stride == 1) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) p[i] = static_cast<T>(values[i]);
+  } else {
+    for (int64_t i = 0; i < count; ++i) p[i * stride] = static_cast<T>(values[i]);
+  }
 }
 
 inline Rows flat(const Tensor& x) {

@@ -12,9 +12,7 @@ struct Args {
   const T *x, *history, *noise;  // [N, *], the last two may be null
   const M *uncond, *cond;        // [N, *]; cond is null without guidance
   T *next, *kept;                // [N, *], kept may be null
-  uint64_t seed;
-  uint32_t step;
-  bool seeded;
+  const float* made;  // the span's noise, made from a seed; may be null
   Wide<T> guidance, clip;  // clip: infinity where there is none
   int keep;
 };
@@ -22,18 +20,36 @@ struct Args {
 template <typename T, typename M>
 FASTGEN_BODY void forward_body(const Args<T, M>& a, const StepCoefficients<Wide<T>>& c, Span s) {
   using W = Wide<T>;
-  NoiseBuffer buffer;
-  const float* made = a.seeded ? fill_normals(a.seed, a.step, kStreamStep, s.first, s.count, buffer) : nullptr;
-  for (int64_t i = 0; i < s.count; ++i) {
-    const int64_t j = s.offset + i * s.stride;
-    W m = static_cast<W>(a.uncond[j]);
-    if (a.cond != nullptr) m = m + a.guidance * (static_cast<W>(a.cond[j]) - m);
-    const W h = a.history != nullptr ? static_cast<W>(a.history[j]) : W(0);
-    const W n = made != nullptr ? static_cast<W>(made[i]) : a.noise != nullptr ? static_cast<W>(a.noise[j]) : W(0);
-    const StepResult<W> r = diffusion_step(c, static_cast<W>(a.x[j]), m, h, n, a.clip);
-    a.next[j] = static_cast<T>(r.next);
-    if (a.kept != nullptr) a.kept[j] = static_cast<T>(a.keep == 1 ? r.x0 : r.eps);
+  alignas(64) W buffers[6][kSpan];
+  const W* x = gather(a.x + s.offset, s.count, s.stride, buffers[0]);
+  const W* m = gather(a.uncond + s.offset, s.count, s.stride, buffers[1]);
+  if (a.cond != nullptr) {
+    const W* cond = gather(a.cond + s.offset, s.count, s.stride, buffers[2]);
+#pragma omp simd
+    for (int64_t i = 0; i < s.count; ++i) buffers[1][i] = m[i] + a.guidance * (cond[i] - m[i]);
+    m = buffers[1];
   }
+  const W *h = buffers[2], *n = buffers[3];
+  if (a.history != nullptr)
+    h = gather(a.history + s.offset, s.count, s.stride, buffers[2]);
+  else
+    std::fill_n(buffers[2], s.count, W(0));
+  if (a.made != nullptr)
+    n = gather(a.made, s.count, 1, buffers[3]);
+  else if (a.noise != nullptr)
+    n = gather(a.noise + s.offset, s.count, s.stride, buffers[3]);
+  else
+    std::fill_n(buffers[3], s.count, W(0));
+  W* next = target(a.next + s.offset, s.stride, buffers[4]);
+  W* kept = a.kept != nullptr ? target(a.kept + s.offset, s.stride, buffers[5]) : buffers[5];
+#pragma omp simd
+  for (int64_t i = 0; i < s.count; ++i) {
+    const StepResult<W> r = diffusion_step(c, x[i], m[i], h[i], n[i], a.clip);
+    next[i] = r.next;
+    kept[i] = a.keep == 1 ? r.x0 : r.eps;
+  }
+  scatter(next, s.count, s.stride, a.next + s.offset);
+  if (a.kept != nullptr) scatter(kept, s.count, s.stride, a.kept + s.offset);
 }
 
 template <typename T, typename M>
@@ -45,11 +61,14 @@ void run_typed(const Tensor& x_t, const Tensor& model_out, const Tensor& coeffic
   const StepCoefficients<W> c{{row[0], row[1], row[2], row[3]}, {row[4], row[5], row[6], row[7], row[8]}};
   Args<T, M> args{in<T>(x_t), in<T>(history), in<T>(noise), in<M>(model_out),
                   guidance ? in<M>(model_out) + x_t.numel() : nullptr, out<T>(x_next), out<T>(history_out),
-                  0, static_cast<uint32_t>(step), seeds.has_value(), W(1),
+                  nullptr, W(1),
                   clip ? static_cast<W>(*clip) : std::numeric_limits<W>::infinity(), static_cast<int>(keep)};
   for_spans(seeds ? rows_of(x_t) : flat(x_t), [&](const Span& s) {
     Args<T, M> a = args;
-    if (seeds) a.seed = static_cast<uint64_t>(in<int64_t>(seeds)[s.image]);
+    NoiseBuffer buffer;
+    if (seeds)
+      a.made = fill_normals(static_cast<uint64_t>(in<int64_t>(seeds)[s.image]), static_cast<uint32_t>(step),
+                            kStreamStep, s.first, s.count, buffer);
     if (guidance) a.guidance = in<W>(guidance)[guidance->numel() == 1 ? 0 : s.image];
     multiversion<forward_body<T, M>>(a, c, s);
   });

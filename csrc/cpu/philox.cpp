@@ -8,10 +8,8 @@ namespace {
 static_assert(kSpan <= kNoiseSpan);
 
 template <typename T>
-FASTGEN_BODY void normal_body(uint64_t seed, uint32_t step, uint32_t stream, int64_t first, int64_t count, T* out) {
-  NoiseBuffer buffer;
-  const float* z = fill_normals(seed, step, stream, first, count, buffer);
-  for (int64_t i = 0; i < count; ++i) out[i] = static_cast<T>(z[i]);
+FASTGEN_BODY void store_body(const float* values, int64_t count, T* out) {
+  scatter(values, count, 1, out);
 }
 
 // seeds: int64 [N]; out: [N, *] contiguous
@@ -21,8 +19,10 @@ void philox_normal_fwd(const Tensor& seeds, int64_t step, int64_t stream, const 
     using T = decltype(zero);
     T* data = out<T>(z);
     for_spans(flat(z), [&](const Span& s) {
-      multiversion<normal_body<T>>(static_cast<uint64_t>(seed[s.image]), static_cast<uint32_t>(step),
-                                          static_cast<uint32_t>(stream), s.first, s.count, data + s.offset);
+      NoiseBuffer buffer;
+      const float* values = fill_normals(static_cast<uint64_t>(seed[s.image]), static_cast<uint32_t>(step),
+                                         static_cast<uint32_t>(stream), s.first, s.count, buffer);
+      multiversion<store_body<T>>(values, s.count, data + s.offset);
     });
   });
 }

@@ -5,21 +5,20 @@
 namespace fastgen {
 namespace {
 
-// x0, noise, x_t, noise_out: the span's first element; a, b: the image's coefficients
+// x0, noise, x_t, noise_out: the span's first element; a, b: the image's coefficients; made: the span's noise if it
+// was made from a seed
 template <typename T>
-FASTGEN_BODY void forward_body(const T* x0, Wide<T> a, Wide<T> b, const T* noise, uint64_t seed, uint32_t t, T* x_t,
+FASTGEN_BODY void forward_body(const T* x0, Wide<T> a, Wide<T> b, const T* noise, const float* made, T* x_t,
                                T* noise_out, Span s) {
   using W = Wide<T>;
-  NoiseBuffer buffer;
-  const float* made = nullptr;
-  if (noise == nullptr) made = fill_normals(seed, t, kStreamQSample, s.first, s.count, buffer);
-  for (int64_t i = 0; i < s.count; ++i) {
-    const int64_t j = i * s.stride;
-    const W n = made != nullptr ? static_cast<W>(made[i]) : static_cast<W>(noise[j]);
-    x_t[j] = static_cast<T>(a * static_cast<W>(x0[j]) + b * n);
-  }
-  if (made != nullptr)
-    for (int64_t i = 0; i < s.count; ++i) noise_out[i * s.stride] = static_cast<T>(made[i]);
+  alignas(64) W buffers[3][kSpan];
+  const W* x = gather(x0, s.count, s.stride, buffers[0]);
+  const W* n = made != nullptr ? gather(made, s.count, 1, buffers[1]) : gather(noise, s.count, s.stride, buffers[1]);
+  W* result = target(x_t, s.stride, buffers[2]);
+#pragma omp simd
+  for (int64_t i = 0; i < s.count; ++i) result[i] = a * x[i] + b * n[i];
+  scatter(result, s.count, s.stride, x_t);
+  if (made != nullptr) scatter(made, s.count, s.stride, noise_out);
 }
 
 // x0, noise, x_t, noise_out: [N, *] in one dense layout; t, seeds: int64 [N]; table: fp32 [T, 2]
@@ -33,11 +32,14 @@ void q_sample_fwd(const Tensor& x0, const Tensor& t, const Tensor& table, const 
     using T = decltype(zero);
     for_spans(seeds ? rows_of(x0) : flat(x0), [&](const Span& s) {
       const float* row = in<float>(table) + 2 * steps[s.image];
-      multiversion<forward_body<T>>(
-          in<T>(x0) + s.offset, static_cast<Wide<T>>(row[0]), static_cast<Wide<T>>(row[1]),
-          noise ? in<T>(noise) + s.offset : nullptr,
-          seeds ? static_cast<uint64_t>(in<int64_t>(seeds)[s.image]) : 0, static_cast<uint32_t>(steps[s.image]),
-          out<T>(x_t) + s.offset, noise_out ? out<T>(noise_out) + s.offset : nullptr, s);
+      NoiseBuffer buffer;
+      const float* made = nullptr;
+      if (seeds)
+        made = fill_normals(static_cast<uint64_t>(in<int64_t>(seeds)[s.image]), static_cast<uint32_t>(steps[s.image]),
+                            kStreamQSample, s.first, s.count, buffer);
+      multiversion<forward_body<T>>(in<T>(x0) + s.offset, static_cast<Wide<T>>(row[0]), static_cast<Wide<T>>(row[1]),
+                                    at(in<T>(noise), s.offset), made, out<T>(x_t) + s.offset,
+                                    at(out<T>(noise_out), s.offset), s);
     });
   });
 }

@@ -8,76 +8,60 @@
 namespace fastgen {
 namespace {
 
-// The noise of a span, densely: given (noise, at the span's first element), or made from the image's seed.
+// mu, logvar, noise, z: the span's first element; made: the span's noise if it was made from a seed. Returns the
+// span's part of the KL, in nats.
 template <typename T>
-FASTGEN_BODY void span_noise(const T* noise, const int64_t* seeds, const Span& s, Wide<T>* n) {
-  if (seeds != nullptr) {
-    NoiseBuffer buffer;
-    const float* made =
-        fill_normals(static_cast<uint64_t>(seeds[s.image]), 0, kStreamReparameterize, s.first, s.count, buffer);
-    for (int64_t i = 0; i < s.count; ++i) n[i] = made[i];
-  } else {
-    for (int64_t i = 0; i < s.count; ++i) n[i] = static_cast<Wide<T>>(noise[i * s.stride]);
-  }
-}
-
-template <typename T>
-FASTGEN_BODY void forward_loop(const T* mu, const T* logvar, const Wide<T>* n, T* z, Wide<T>* kl, int64_t count,
-                               int64_t stride) {
+FASTGEN_BODY Wide<T> forward_body(const T* mu, const T* logvar, const T* noise, const float* made, T* z, Span s) {
   using W = Wide<T>;
-  for (int64_t i = 0; i < count; ++i) {
-    const W m = static_cast<W>(mu[i * stride]), v = static_cast<W>(logvar[i * stride]);
-    const W sigma = exp_(v * W(0.5));
-    z[i * stride] = static_cast<T>(m + sigma * n[i]);
-    kl[i] = sigma * sigma + m * m - W(1) - v;
-  }
-}
-
-// mu, logvar, noise, z: the span's first element. Returns the span's part of the KL, in nats.
-template <typename T>
-FASTGEN_BODY Wide<T> forward_body(const T* mu, const T* logvar, const T* noise, const int64_t* seeds, T* z, Span s) {
-  using W = Wide<T>;
-  alignas(64) W n[kSpan];
+  alignas(64) W buffers[4][kSpan];
   alignas(64) W kl[kSpan];
-  span_noise(noise, seeds, s, n);
-  if (s.stride == 1)  // the constant lets the compiler vectorise
-    forward_loop(mu, logvar, n, z, kl, s.count, 1);
-  else
-    forward_loop(mu, logvar, n, z, kl, s.count, s.stride);
+  const W* m = gather(mu, s.count, s.stride, buffers[0]);
+  const W* v = gather(logvar, s.count, s.stride, buffers[1]);
+  const W* n = made != nullptr ? gather(made, s.count, 1, buffers[2]) : gather(noise, s.count, s.stride, buffers[2]);
+  W* result = target(z, s.stride, buffers[3]);
+#pragma omp simd
+  for (int64_t i = 0; i < s.count; ++i) {
+    const W sigma = exp_(v[i] * W(0.5));
+    result[i] = m[i] + sigma * n[i];
+    kl[i] = sigma * sigma + m[i] * m[i] - W(1) - v[i];
+  }
+  scatter(result, s.count, s.stride, z);
   W sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < s.count; ++i) sum += kl[i];
   return W(0.5) * sum;
 }
 
-template <typename T>
-FASTGEN_BODY void backward_loop(const T* dz, Wide<T> dkl, const T* mu, const T* logvar, const Wide<T>* n, T* dmu,
-                                T* dlogvar, int64_t count, int64_t stride) {
-  using W = Wide<T>;
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t j = i * stride;
-    const W d = dz != nullptr ? static_cast<W>(dz[j]) : W(0);
-    const W sigma = exp_(static_cast<W>(logvar[j]) * W(0.5));
-    dmu[j] = static_cast<T>(d + dkl * static_cast<W>(mu[j]));
-    dlogvar[j] = static_cast<T>(W(0.5) * (d * n[i] * sigma + dkl * (sigma * sigma - W(1))));
-  }
-}
-
 // dmu = dz + dkl mu;  dlogvar = 1/2 (dz noise exp(logvar/2) + dkl (exp(logvar) - 1)). dz may be null.
 template <typename T>
 FASTGEN_BODY void backward_body(const T* dz, Wide<T> dkl, const T* mu, const T* logvar, const T* noise,
-                                const int64_t* seeds, T* dmu, T* dlogvar, Span s) {
-  alignas(64) Wide<T> n[kSpan];
-  span_noise(noise, seeds, s, n);
-  if (s.stride == 1)
-    backward_loop(dz, dkl, mu, logvar, n, dmu, dlogvar, s.count, 1);
+                                const float* made, T* dmu, T* dlogvar, Span s) {
+  using W = Wide<T>;
+  alignas(64) W buffers[6][kSpan];
+  const W* d = buffers[0];
+  if (dz != nullptr)
+    d = gather(dz, s.count, s.stride, buffers[0]);
   else
-    backward_loop(dz, dkl, mu, logvar, n, dmu, dlogvar, s.count, s.stride);
+    std::fill_n(buffers[0], s.count, W(0));
+  const W* m = gather(mu, s.count, s.stride, buffers[1]);
+  const W* v = gather(logvar, s.count, s.stride, buffers[2]);
+  const W* n = made != nullptr ? gather(made, s.count, 1, buffers[3]) : gather(noise, s.count, s.stride, buffers[3]);
+  W *dm = target(dmu, s.stride, buffers[4]), *dv = target(dlogvar, s.stride, buffers[5]);
+#pragma omp simd
+  for (int64_t i = 0; i < s.count; ++i) {
+    const W sigma = exp_(v[i] * W(0.5));
+    dm[i] = d[i] + dkl * m[i];
+    dv[i] = W(0.5) * (d[i] * n[i] * sigma + dkl * (sigma * sigma - W(1)));
+  }
+  scatter(dm, s.count, s.stride, dmu);
+  scatter(dv, s.count, s.stride, dlogvar);
 }
 
-template <typename T>
-const T* at(const T* p, int64_t offset) {
-  return p == nullptr ? nullptr : p + offset;
+// The noise of a span from its image's seed, or null where noise is given.
+const float* made_noise(const OptTensor& seeds, const Span& s, NoiseBuffer& buffer) {
+  if (!seeds) return nullptr;
+  const uint64_t seed = static_cast<uint64_t>(in<int64_t>(seeds)[s.image]);
+  return fill_normals(seed, 0, kStreamReparameterize, s.first, s.count, buffer);
 }
 
 Rows rows_for(const Tensor& x, const OptTensor& seeds) { return seeds ? rows_of(x) : flat(x); }
@@ -94,9 +78,10 @@ void reparameterize_fwd(const Tensor& mu, const Tensor& logvar, const OptTensor&
     std::vector<W> parts(static_cast<size_t>(rows.images * lines * pieces));
     for_spans(rows, [&](const Span& s) {
       const int64_t line = s.first / rows.inner, piece = s.first % rows.inner / kSpan;
+      NoiseBuffer buffer;
       parts[(s.image * lines + line) * pieces + piece] = multiversion<forward_body<T>>(
-          in<T>(mu) + s.offset, in<T>(logvar) + s.offset, at(in<T>(noise), s.offset),
-          in<int64_t>(seeds), out<T>(z) + s.offset, s);
+          in<T>(mu) + s.offset, in<T>(logvar) + s.offset, at(in<T>(noise), s.offset), made_noise(seeds, s, buffer),
+          out<T>(z) + s.offset, s);
     });
     for (int64_t n = 0; n < mu.size(0); ++n) {
       double sum = 0;
@@ -114,10 +99,10 @@ void reparameterize_bwd(const OptTensor& dz, const OptTensor& dkl, const Tensor&
     using W = Wide<T>;
     for_spans(rows_for(mu, seeds), [&](const Span& s) {
       const W g = dkl ? in<W>(dkl)[s.image] : W(0);
-      multiversion<backward_body<T>>(at(in<T>(dz), s.offset), g, in<T>(mu) + s.offset,
-                                            in<T>(logvar) + s.offset, at(in<T>(noise), s.offset),
-                                            in<int64_t>(seeds), out<T>(dmu) + s.offset,
-                                            out<T>(dlogvar) + s.offset, s);
+      NoiseBuffer buffer;
+      multiversion<backward_body<T>>(at(in<T>(dz), s.offset), g, in<T>(mu) + s.offset, in<T>(logvar) + s.offset,
+                                     at(in<T>(noise), s.offset), made_noise(seeds, s, buffer),
+                                     out<T>(dmu) + s.offset, out<T>(dlogvar) + s.offset, s);
     });
   });
 }
