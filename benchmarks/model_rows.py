@@ -28,7 +28,7 @@ Context = Callable[[], AbstractContextManager]
 def plain_pytorch() -> Iterator[None]:
     """Models on what a user would write; the reference backend also keeps statistics, and is slower."""
     with ExitStack() as stack:
-        for name in ("group_norm_act", "diffusion_step", "to_uint8"):
+        for name in ("conv2d", "norm_act_conv2d", "group_norm_act", "diffusion_step", "to_uint8"):
             stack.enter_context(mock.patch.object(ops, name, EAGER[name]))
         yield
 

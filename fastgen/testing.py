@@ -197,6 +197,40 @@ def _batch_norm_act(
     return OpCase("batch_norm_act", "-".join(p for p in parts if p), make, differentiable, ("x", "residual"), bench)
 
 
+def _conv2d(
+    n: int, c: int, k: int, h: int, w: int, kernel: int = 3, *, norm: bool = False, bench: bool = False, skip: int = 0,
+    each: bool = False, residual: bool = False, scale_shift: bool = False, groups: int = 4, **options: Any,
+) -> OpCase:  # fmt: skip
+    """options: those of the op that are no tensors. each: one bias for each image."""
+
+    def make(g: torch.Generator) -> Inputs:
+        made: Inputs = {"x": _normal(g, n, c, h, w), "weight": _normal(g, k, c + skip, kernel, kernel)}
+        made["weight"] = made["weight"] / math.sqrt((c + skip) * kernel**2)
+        made["bias"] = _normal(g, n, k) if each else _normal(g, k)
+        made |= options
+        if skip:
+            made["skip"] = _normal(g, n, skip, h, w) - 1
+        if norm:
+            made |= {"norm_weight": _normal(g, c + skip), "norm_bias": _normal(g, c + skip), "num_groups": groups}
+        if scale_shift:
+            made |= {"scale": _normal(g, n, c + skip), "shift": _normal(g, n, c + skip)}
+        if residual:
+            made["residual"] = _normal(g, *ops.conv2d_reference(made["x"], made["weight"], **_geometry(made)).shape)
+        return made
+
+    flags = [skip and f"skip{skip}", each and "each", residual and "residual", scale_shift and "adagn"]
+    parts = [_shape(n, c, k, h, w), f"{kernel}x{kernel}", *(f"{name}{value}" for name, value in options.items()), *flags]
+    differentiable = ("x", "weight", "bias", "skip", "residual", "norm_weight", "norm_bias", "scale", "shift")
+    label = "-".join(str(p) for p in parts if p)
+    op = "norm_act_conv2d" if norm else "conv2d"
+    return OpCase(op, label, make, differentiable, ("x", "skip", "residual"), bench)
+
+
+def _geometry(made: Inputs) -> Inputs:
+    names = ("skip", "stride", "padding", "dilation", "groups", "upsample")
+    return {name: made[name] for name in names if name in made}
+
+
 def _to_uint8(*shape: int, bench: bool = False) -> OpCase:
     return OpCase("to_uint8", _shape(*shape), lambda g: {"x": _normal(g, *shape)}, (), ("x",), bench)
 
@@ -218,6 +252,12 @@ def _philox_normal(n: int, *shape: int, bench: bool = False) -> OpCase:
 
     return OpCase("philox_normal", _shape(n, *shape), make, bench=bench)
 
+
+# N, C, K, H = W of what a U-Net's blocks compute, from the lowest level to images of 256² pixels.
+NORM_ACT_CONV_SHAPES = (
+    (4, 128, 128, 32), (4, 256, 256, 16), (4, 512, 256, 16), (4, 256, 256, 8), (4, 256, 256, 4), (16, 64, 64, 32),
+    (1, 128, 128, 64), (1, 128, 128, 256),
+)  # fmt: skip
 
 # Sizes that no block divides, one channel, one element, an empty batch; then, for benchmarks, real ones.
 CASES: dict[str, list[OpCase]] = {
@@ -264,6 +304,28 @@ CASES: dict[str, list[OpCase]] = {
         _batch_norm_act(64, 512, 4, 4, training=True, running=True, bench=True),
         _batch_norm_act(64, 64, 32, 32, training=True, running=True, act="leaky_relu", bench=True),
         _batch_norm_act(16, 64, 64, 64, training=False, residual=True, bench=True),
+    ],
+    "conv2d": [
+        _conv2d(2, 8, 6, 5, 7, padding=1), _conv2d(2, 12, 20, 9, 8, padding=1, skip=5, each=True, act="silu"),
+        _conv2d(1, 1, 1, 3, 3), _conv2d(0, 4, 4, 4, 4), _conv2d(2, 6, 5, 6, 4, padding=1, upsample=2),
+        _conv2d(2, 5, 7, 6, 9, 1, residual=True, act="tanh"), _conv2d(2, 6, 4, 8, 7, stride=2, padding=(0, 1, 0, 1)),
+        _conv2d(1, 6, 4, 8, 7, 2, padding=1), _conv2d(2, 4, 6, 7, 6, 5, padding=2, dilation=2),
+        _conv2d(1, 48, 70, 13, 17, padding=1), _conv2d(2, 3, 17, 18, 19, residual=True),
+        _conv2d(1, 20, 24, 9, 16, padding=1, upsample=2), _conv2d(8, 24, 40, 4, 4, padding=1),
+        _conv2d(4, 128, 128, 32, 32, padding=1, bench=True), _conv2d(4, 384, 256, 16, 16, 1, bench=True),
+        _conv2d(4, 128, 128, 32, 32, stride=2, padding=(0, 1, 0, 1), bench=True),
+        _conv2d(4, 256, 256, 16, 16, padding=1, upsample=2, bench=True),
+        _conv2d(4, 3, 128, 32, 32, padding=1, bench=True),
+    ],
+    "norm_act_conv2d": [
+        _conv2d(2, 8, 6, 5, 7, norm=True, padding=1),
+        _conv2d(2, 6, 5, 6, 5, norm=True, groups=2, padding=1, skip=4, each=True, residual=True, scale_shift=True),
+        _conv2d(1, 24, 40, 16, 12, norm=True, padding=1, in_act="gelu"), _conv2d(0, 4, 4, 4, 4, norm=True),
+        _conv2d(2, 12, 6, 6, 9, 1, norm=True, in_act="none"), _conv2d(2, 8, 6, 5, 5, norm=True, padding=1, upsample=2),
+        _conv2d(2, 8, 6, 6, 9, norm=True, stride=2, padding=1, act="relu"), _conv2d(1, 36, 9, 11, 10, norm=True, skip=12),
+        *(
+            _conv2d(n, c, k, s, s, norm=True, groups=32, padding=1, bench=True) for n, c, k, s in NORM_ACT_CONV_SHAPES
+        ),
     ],
     "to_uint8": [
         _to_uint8(2, 3, 5, 7), _to_uint8(1, 1, 1, 1), _to_uint8(0, 3, 4, 4), _to_uint8(2, 4, 33, 31),
@@ -349,6 +411,30 @@ def _eager_batch_norm_act(
     return ACTIVATIONS[act][1](y if residual is None else y + residual)
 
 
+def _eager_conv2d(
+    x: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1,
+    *, upsample: int = 1, skip: Any = None, residual: Any = None, act: str | None = None,
+) -> Tensor:  # fmt: skip
+    x = x if skip is None else torch.cat([x, skip], dim=1)
+    x = x if upsample == 1 else F.interpolate(x, scale_factor=float(upsample), mode="nearest")
+    if not isinstance(padding, int) and len(padding) == 4:
+        x, padding = F.pad(x, padding), 0
+    each = bias is not None and bias.ndim == 2
+    y = F.conv2d(x, weight, None if each else bias, stride, padding, dilation, groups)
+    y = y + bias[:, :, None, None] if each else y
+    y = y if residual is None else y + residual
+    return ACTIVATIONS[act or "none"][1](y)
+
+
+def _eager_norm_act_conv2d(
+    x: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0, *, num_groups: int,
+    norm_weight: Any = None, norm_bias: Any = None, eps: float = 1e-5, in_act: str = "silu", scale: Any = None,
+    shift: Any = None, skip: Any = None, **rest: Any,
+) -> Tensor:  # fmt: skip
+    h = _eager_group_norm_act(x, num_groups, norm_weight, norm_bias, eps, in_act, scale, shift, skip)
+    return _eager_conv2d(h, weight, bias, stride, padding, **rest)
+
+
 def _eager_to_uint8(x: Tensor) -> Tensor:
     return (x.clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
@@ -359,6 +445,8 @@ EAGER: dict[str, Callable] = {
     "diffusion_step": _eager_diffusion_step,
     "group_norm_act": _eager_group_norm_act,
     "batch_norm_act": _eager_batch_norm_act,
+    "conv2d": _eager_conv2d,
+    "norm_act_conv2d": _eager_norm_act_conv2d,
     "to_uint8": _eager_to_uint8,
     "attention": ops.attention_reference,
     "philox_normal": lambda seeds, shape, step, stream: torch.randn((len(seeds), *shape), device=seeds.device),

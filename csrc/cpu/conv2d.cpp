@@ -48,9 +48,9 @@ struct Gemm {
   FASTGEN_BODY void run(int64_t count, const W* const* rows, int64_t base, const Run* runs, int64_t nruns, const W* b,
                         W* out, const W* ahead, int64_t ahead_count) {
     for (int64_t i = 0; i < ahead_count; i += 64 / static_cast<int64_t>(sizeof(W))) __builtin_prefetch(ahead + i, 0, 2);
-    const int64_t blocks = (count + kRows - 1) / kRows;
-    for (int64_t j = 0; j < blocks; ++j) {
-      const int64_t t = count * j / blocks, m = count * (j + 1) / blocks - t;
+    const int64_t blocks = (count + kRows - 1) / kRows, least = count / blocks, more = count % blocks;
+    for (int64_t j = 0, t = 0, m; j < blocks; ++j, t += m) {
+      m = least + (j < more ? 1 : 0);
       gemm_rows<kIsa>(m, rows + t, base, runs, nruns, b, out + t * kGroup, kGroup);
     }
   }

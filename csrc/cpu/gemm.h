@@ -7,7 +7,7 @@
 namespace fastgen {
 
 constexpr int64_t kRows = 6;
-constexpr int64_t kAhead = 24;  // rows of a panel between its prefetch and its use
+constexpr int64_t kAhead = 48;  // rows of a panel between its prefetch and its use
 
 // Columns in a panel of a packed right-hand side.
 template <Isa kIsa, typename W>

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from fastgen import ops
 from fastgen.diffusion.samplers import SamplingDefaults
 from fastgen.diffusion.schedules import DiffusionConfig
+from fastgen.ops.registration import layout
 
 
 @dataclass(frozen=True)
@@ -114,21 +116,38 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor, emb_act: Tensor, skip: Tensor | None = None) -> Tensor:
-        h = self.conv1(_norm_act(self.norm1, x, skip=skip))
-        emb = self.time_emb_proj(emb_act)
+        emb, scale, shift = self.time_emb_proj(emb_act), None, None
+        bias = self.conv1.bias
         if self.scale_shift:
             scale, shift = emb.chunk(2, dim=1)
-            h = _norm_act(self.norm2, h, scale=scale, shift=shift)
         else:
-            h = _norm_act(self.norm2, h + emb[:, :, None, None])
-        h = self.conv2(self.dropout(h))
-        if skip is not None:
+            bias = bias + emb  # one for each image
+        h = _norm_act_conv(self.norm1, self.conv1, x, bias, skip=skip)
+        if self.conv_shortcut is not None:
+            x = _conv(self.conv_shortcut, x, skip=skip)
+        elif skip is not None:
             x = torch.cat([x, skip], dim=1)
-        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        if self.training and self.dropout.p > 0:
+            h = self.dropout(_norm_act(self.norm2, h, scale=scale, shift=shift))
+            return _conv(self.conv2, h, residual=x)
+        return _norm_act_conv(self.norm2, self.conv2, h, self.conv2.bias, scale=scale, shift=shift, residual=x)
 
 
 def _norm_act(norm: nn.GroupNorm, x: Tensor, act: str = "silu", **kwargs: Tensor | None) -> Tensor:
     return ops.group_norm_act(x, norm.num_groups, norm.weight, norm.bias, norm.eps, act, **kwargs)
+
+
+def _norm_act_conv(
+    norm: nn.GroupNorm, conv: nn.Conv2d, x: Tensor, bias: Tensor | None, **kwargs: Tensor | None
+) -> Tensor:
+    return ops.norm_act_conv2d(
+        x, conv.weight, bias, conv.stride, conv.padding, num_groups=norm.num_groups, norm_weight=norm.weight,
+        norm_bias=norm.bias, eps=norm.eps, **kwargs,
+    )  # fmt: skip
+
+
+def _conv(conv: nn.Conv2d, x: Tensor, padding: tuple[int, ...] | None = None, **kwargs: Any) -> Tensor:
+    return ops.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding if padding is None else padding, **kwargs)
 
 
 class AttentionBlock(nn.Module):
@@ -149,7 +168,8 @@ class AttentionBlock(nn.Module):
             for p in (self.to_q, self.to_k, self.to_v)
         )
         out = ops.attention(q, k, v).transpose(1, 2).reshape(N, H * W, C)
-        return x + self.to_out[0](out).view(N, H, W, C).permute(0, 3, 1, 2)
+        out, last = out.view(N, H, W, C).permute(0, 3, 1, 2), self.to_out[0]
+        return ops.conv2d(out, last.weight[:, :, None, None], last.bias, residual=x)
 
 
 class Downsample(nn.Module):
@@ -160,7 +180,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x if self.conv.padding[0] else F.pad(x, (0, 1, 0, 1)))
+        return _conv(self.conv, x, None if self.conv.padding[0] else (0, 1, 0, 1))
 
 
 class Upsample(nn.Module):
@@ -171,7 +191,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return _conv(self.conv, x, upsample=2)
 
 
 class TimeEmbedding(nn.Module):
@@ -262,7 +282,9 @@ class UNet(nn.Module):
             emb = emb + self.class_embedding(labels)
         emb_act = F.silu(emb)
 
-        x = self.conv_in(F.pixel_unshuffle(x, config.patch_size) if config.patch_size > 1 else x)
+        given = layout(x)
+        x = _conv(self.conv_in, F.pixel_unshuffle(x, config.patch_size) if config.patch_size > 1 else x)
+        x = x.contiguous(memory_format=torch.channels_last)  # from here on every op keeps it
         skips = [x]
         for down in self.down_blocks:
             for i in range(len(down.resnets)):
@@ -280,8 +302,9 @@ class UNet(nn.Module):
                 x = up.block(i, x, emb_act, skips.pop())
             for sample in up.upsamplers:
                 x = sample(x)
-        x = self.conv_out(_norm_act(self.conv_norm_out, x))
-        return F.pixel_shuffle(x, config.patch_size) if config.patch_size > 1 else x
+        x = _norm_act_conv(self.conv_norm_out, self.conv_out, x, self.conv_out.bias)
+        x = F.pixel_shuffle(x, config.patch_size) if config.patch_size > 1 else x
+        return x.contiguous(memory_format=given)
 
     def _check(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> None:
         config = self.config
