@@ -15,6 +15,8 @@
 namespace fastgen {
 namespace {
 
+constexpr int64_t kStretch = 4 << 20;      // bytes of padded input at once, for all threads
+constexpr int64_t kMany = 128;             // tiles from which on threads work each on its own
 constexpr int64_t kTiles = 30;             // tiles that one task computes together
 
 // The padded, normalised input that Direct reads: rows [begin, end) of `height` rows for each image, from `image` on,
@@ -48,11 +50,8 @@ struct Gemm {
   FASTGEN_BODY void run(int64_t count, const W* const* rows, int64_t base, const Run* runs, int64_t nruns, const W* b,
                         W* out, const W* ahead, int64_t ahead_count) {
     for (int64_t i = 0; i < ahead_count; i += 64 / static_cast<int64_t>(sizeof(W))) __builtin_prefetch(ahead + i, 0, 2);
-    const int64_t blocks = (count + kRows - 1) / kRows, least = count / blocks, more = count % blocks;
-    for (int64_t j = 0, t = 0, m; j < blocks; ++j, t += m) {
-      m = least + (j < more ? 1 : 0);
-      gemm_rows<kIsa>(m, rows + t, base, runs, nruns, b, out + t * kGroup, kGroup);
-    }
+    for (int64_t t = 0; t < count; t += kRows)
+      gemm_rows<kIsa>(std::min(kRows, count - t), rows + t, base, runs, nruns, b, out + t * kGroup, kGroup);
   }
 };
 
@@ -140,49 +139,96 @@ const W* row_of(const Conv<W>& p, const Stretch<W>& s, const Grid<F>& grid, int6
   return s.v + ((image * s.height + y) * s.cols + t % grid.cols * p.sw) * s.ld;
 }
 
-// The outputs of a stretch, a task for each phase, group of output channels and piece of the stretch.
+// The outputs of tiles [t0, t1) of a stretch, at most kTiles, for the group of output panels that begins with `first`.
+// Returns whether all sums were finite.
 template <typename F, typename W>
-bool multiply(const Conv<W>& p, const Stretch<W>& s) {
+bool multiply_piece(const Conv<W>& p, const Stretch<W>& s, int64_t phase, int64_t first, int64_t t0, int64_t t1) {
   constexpr int64_t kApart = kTiles * kGroup + kSkew;
   const Grid<F> grid(p);
-  const int64_t panel = 2 * lanes<W>(), panels = (p.k + panel - 1) / panel, in_group = kGroup / panel;
-  const int64_t groups = (panels + in_group - 1) / in_group, pieces = (s.tiles + kTiles - 1) / kTiles;
-  std::atomic<bool> finite{true};
-  torch::stable::parallel_for(0, p.phases * groups * pieces, 1, [&](int64_t begin, int64_t end) {
-    W* sums = static_cast<W*>(scratch<1>(kNumbers<F> * kApart * sizeof(W)));
-    const W* rows[kTiles];
+  const int64_t panel = 2 * lanes<W>(), panels = (p.k + panel - 1) / panel;
+  const int64_t here = std::min(kGroup / panel, panels - first), share = (t1 - t0) * s.ld / here;
+  W* sums = static_cast<W*>(scratch<1>(kNumbers<F> * kApart * sizeof(W)));
+  const W* rows[kTiles];
+  for (int64_t t = t0; t < t1; ++t) rows[t - t0] = row_of(p, s, grid, t);
+  const W* b = p.packed + (phase * panels + first) * kNumbers<F> * s.depth * panel;
+  for (int64_t f = 0; f < kNumbers<F>; ++f)
+    for (int64_t i = 0; i < here; ++i, b += s.depth * panel)
+      multiversion<Gemm>(t1 - t0, static_cast<const W* const*>(rows), f * s.stride, s.runs, s.nruns, b,
+                         sums + f * kApart + i * panel, rows[0] + (f + 1) * s.stride + share * i,
+                         f + 1 < kNumbers<F> ? share : 0);
+  return multiversion<Finish>(F{}, &p, s.first, t0, t1, phase, first * panel, static_cast<const W*>(sums), kApart) ==
+         W(0);
+}
+
+// Tasks [begin, end) of a stretch, one for each phase, group of output channels and piece of the stretch.
+template <typename F, typename W>
+struct Tasks {
+  const Conv<W>& p;
+  const Stretch<W>& s;
+  int64_t in_group = kGroup / (2 * lanes<W>()), groups = (p.k + kGroup - 1) / kGroup;
+  int64_t blocks = (s.tiles + kRows - 1) / kRows, pieces = (s.tiles + kTiles - 1) / kTiles;
+
+  int64_t count() const { return p.phases * groups * pieces; }
+  bool run(int64_t begin, int64_t end) const {
+    bool finite = true;
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t phase = task / pieces / groups, first = task / pieces % groups * in_group, piece = task % pieces;
-      const int64_t t0 = s.tiles * piece / pieces, t1 = s.tiles * (piece + 1) / pieces;
-      for (int64_t t = t0; t < t1; ++t) rows[t - t0] = row_of(p, s, grid, t);
-      const int64_t here = std::min(in_group, panels - first), share = (t1 - t0) * s.ld / here;
-      const W* b = p.packed + (phase * panels + first) * kNumbers<F> * s.depth * panel;
-      for (int64_t f = 0; f < kNumbers<F>; ++f)
-        for (int64_t i = 0; i < here; ++i, b += s.depth * panel) {
-          multiversion<Gemm>(t1 - t0, static_cast<const W* const*>(rows), f * s.stride, s.runs, s.nruns, b,
-                             sums + f * kApart + i * panel, rows[0] + (f + 1) * s.stride + share * i, f + 1 < kNumbers<F> ? share : 0);
-        }
-      const W bad = multiversion<Finish>(F{}, &p, s.first, t0, t1, phase, first * panel,
-                                         static_cast<const W*>(sums), kApart);
-      if (bad != W(0)) finite = false;
+      const int64_t phase = task / pieces / groups, group = task / pieces % groups, piece = task % pieces;
+      const int64_t t0 = blocks * piece / pieces * kRows, t1 = blocks * (piece + 1) / pieces * kRows;
+      finite &= multiply_piece<F>(p, s, phase, group * in_group, t0, std::min(t1, s.tiles));
     }
+    return finite;
+  }
+};
+
+template <typename F, typename W>
+bool multiply(const Conv<W>& p, const Stretch<W>& s) {
+  const Tasks<F, W> tasks{p, s};
+  std::atomic<bool> finite{true};
+  torch::stable::parallel_for(0, tasks.count(), 1, [&](int64_t begin, int64_t end) {
+    if (!tasks.run(begin, end)) finite = false;
   });
   return finite;
 }
 
+// Many tiles: each thread takes its own from beginning to end, and none waits for another. Few tiles: first all are
+// transformed, then threads share the output channels, so that each reads its part of the weights only.
 template <typename F, typename W>
 bool winograd(const Conv<W>& p) {
   const Grid<F> grid(p);
   const int64_t ld = round_up(p.c1, lanes<W>()) + round_up(p.c2, lanes<W>());
   const Run runs[2] = {{0, p.c1}, {round_up(p.c1, lanes<W>()), p.c2}};
-  bool finite = true;
-  for_stretches(p.n * grid.rows, kNumbers<F> * grid.cols * ld * sizeof(W), [&](int64_t first, int64_t count) {
+  const int64_t rows = p.n * grid.rows;
+  const auto stretch = [&](int64_t first, int64_t count) {
     const int64_t tiles = count * grid.cols, stride = tiles * ld + kSkew;
     W* v = static_cast<W*>(scratch<0>(kNumbers<F> * stride * sizeof(W)));
-    transform<F>(p, v, stride, ld, first, count);
-    finite &= multiply<F>(p, Stretch<W>{v, stride, ld, first, tiles, 0, 0, runs, p.c2 > 0 ? 2 : 1, p.c()});
+    return Stretch<W>{v, stride, ld, first, tiles, 0, 0, runs, p.c2 > 0 ? 2 : 1, p.c()};
+  };
+  if (rows * grid.cols < kMany) {
+    const Stretch<W> s = stretch(0, rows);
+    transform<F>(p, const_cast<W*>(s.v), s.stride, ld, 0, rows);
+    return multiply<F>(p, s);
+  }
+  const int64_t bytes = transform_bytes<F>(p), most = std::max<int64_t>(1, kTiles / grid.cols);
+  std::atomic<bool> finite{true};
+  torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+    W* strip = static_cast<W*>(scratch<2>(bytes));
+    for (int64_t first = begin; first < end; first += most) {
+      const Stretch<W> s = stretch(first, std::min(most, end - first));
+      multiversion<Transform>(F{}, &p, const_cast<W*>(s.v), s.stride, ld, first, first, first + s.tiles / grid.cols,
+                              transform_width<F>(p), strip);
+      const Tasks<F, W> tasks{p, s};
+      if (!tasks.run(0, tasks.count())) finite = false;
+    }
   });
   return finite;
+}
+
+// Rows (or images) in stretches that fit kStretch: f(first, count).
+template <typename F>
+void for_stretches(int64_t rows, int64_t bytes_a_row, const F& f) {
+  const int64_t most = std::max<int64_t>(1, kStretch / std::max<int64_t>(1, bytes_a_row));
+  const int64_t count = (rows + most - 1) / most;
+  for (int64_t i = 0; i < count; ++i) f(rows * i / count, rows * (i + 1) / count - rows * i / count);
 }
 
 // Windows are read where they lie: no copy of the input if it needs no padding, normalisation or conversion.

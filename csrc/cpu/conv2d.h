@@ -152,7 +152,6 @@ FASTGEN_BODY void load_row(const Conv<W>& p, const Block& block, int64_t image, 
   for (int64_t col = lo; col < hi; ++col) activate(p.in_act, z + col * stride, width);
 }
 
-constexpr int64_t kStretch = 1 << 20;      // bytes of v at once, for all threads, in L3
 constexpr int64_t kStrip = 96 << 10;       // bytes of the rows that the input transform works on, in L2
 constexpr int64_t kSkew = 16;              // keeps F equal strides from falling into one set of the cache
 
@@ -233,23 +232,23 @@ struct Transform {
   }
 };
 
-// The F numbers of a stretch of whole tile rows; calls f(first tile row, tile rows) for each stretch.
-template <typename F>
-void for_stretches(int64_t rows, int64_t bytes_a_row, const F& f) {
-  const int64_t most = std::max<int64_t>(1, kStretch / std::max<int64_t>(1, bytes_a_row));
-  const int64_t count = (rows + most - 1) / most;
-  for (int64_t i = 0; i < count; ++i) f(rows * i / count, rows * (i + 1) / count - rows * i / count);
+// The channels that the input transform works on at once, and the bytes that it needs for them.
+template <typename F, typename W>
+int64_t transform_width(const Conv<W>& p) {
+  const int64_t cols = Grid<F>(p).cols * F::kOut + F::kIn - F::kOut, bytes = 2 * F::kIn * cols * sizeof(W);
+  return std::min(round_up(std::max(p.c1, p.c2), lanes<W>()), std::max<int64_t>(16, kStrip / bytes / 16 * 16));
+}
+template <typename F, typename W>
+int64_t transform_bytes(const Conv<W>& p) {
+  return 2 * F::kIn * (Grid<F>(p).cols * F::kOut + F::kIn - F::kOut) * transform_width<F>(p) * sizeof(W);
 }
 
-// v of a stretch of tile rows, in parallel.
+// v of `count` tile rows, in parallel.
 template <typename F, typename W>
 void transform(const Conv<W>& p, W* v, int64_t stride, int64_t ld, int64_t first, int64_t count) {
-  const Grid<F> grid(p);
-  const int64_t cols = grid.cols * F::kOut + F::kIn - F::kOut, bytes = 2 * F::kIn * cols * sizeof(W);
-  const int64_t width = std::min(round_up(std::max(p.c1, p.c2), lanes<W>()),
-                                 std::max<int64_t>(16, kStrip / bytes / 16 * 16));
+  const int64_t width = transform_width<F>(p), bytes = transform_bytes<F>(p);
   torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    W* strip = static_cast<W*>(scratch<2>(bytes * width));
+    W* strip = static_cast<W*>(scratch<2>(bytes));
     multiversion<Transform>(F{}, &p, v, stride, ld, first, first + begin, first + end, width, strip);
   });
 }
