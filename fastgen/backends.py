@@ -39,7 +39,12 @@ STEMS = {
     "attention": "attention",
     "conv2d": "conv2d",
     "norm_act_conv2d": "conv2d",
+    "conv2d_norm_act": "conv2d_norm_act",
+    "conv_transpose2d_norm_act": "conv2d_norm_act",
 }
+
+# Ops that run on the C++ kernels of another, which has all that they need.
+LAUNCHERS = dict.fromkeys(("norm_act_conv2d", "conv2d_norm_act", "conv_transpose2d_norm_act"), "conv2d")
 
 # What "auto" tries, best first; an op that is not named takes the device's default.
 # On a GPU some ops have no kernel of their own yet: PyTorch's operators, attention's in one piece.
@@ -47,7 +52,7 @@ AUTO: dict[str, dict[str, tuple[str, ...]]] = {
     "cpu": {"default": ("cpp", "reference")},
     "cuda": {
         "default": ("cuda", "triton", "reference"),
-        **dict.fromkeys(("attention", "batch_norm_act", "conv2d", "norm_act_conv2d"), ("reference",)),
+        **dict.fromkeys(("attention", "batch_norm_act", "conv2d", *LAUNCHERS), ("reference",)),
     },
 }
 
@@ -190,7 +195,7 @@ def why_not(op: str, backend: str, device: str) -> str | None:
 
 def _native(backend: str, op: str) -> Callable | None:
     namespace = getattr(torch.ops, f"fastgen_{backend}")
-    return getattr(namespace, f"{op}_fwd", None)
+    return getattr(namespace, f"{LAUNCHERS.get(op, op)}_fwd", None)
 
 
 @functools.cache

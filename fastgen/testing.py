@@ -219,11 +219,38 @@ def _conv2d(
         return made
 
     flags = [skip and f"skip{skip}", each and "each", residual and "residual", scale_shift and "adagn"]
-    parts = [_shape(n, c, k, h, w), f"{kernel}x{kernel}", *(f"{name}{value}" for name, value in options.items()), *flags]
+    parts = [
+        _shape(n, c, k, h, w),
+        f"{kernel}x{kernel}",
+        *(f"{name}{value}" for name, value in options.items()),
+        *flags,
+    ]
     differentiable = ("x", "weight", "bias", "skip", "residual", "norm_weight", "norm_bias", "scale", "shift")
     label = "-".join(str(p) for p in parts if p)
     op = "norm_act_conv2d" if norm else "conv2d"
     return OpCase(op, label, make, differentiable, ("x", "skip", "residual"), bench)
+
+
+def _conv_norm_act(
+    n: int, c: int, k: int, h: int, kernel: int, *, transposed: bool = False, residual: bool = False,
+    bench: bool = False, **options: Any,
+) -> OpCase:  # fmt: skip
+    op = "conv_transpose2d_norm_act" if transposed else "conv2d_norm_act"
+
+    def make(g: torch.Generator) -> Inputs:
+        shape = (c, k) if transposed else (k, c)
+        made: Inputs = {"x": _normal(g, n, c, h, h), "weight": _normal(g, *shape, kernel, kernel)}
+        made["weight"] = made["weight"] / math.sqrt(c * kernel**2)
+        made |= {name: _normal(g, k) for name in ("bias", "norm_weight", "norm_bias", "running_mean")}
+        made |= {"running_var": torch.rand(k, generator=g, dtype=torch.float64) + 0.5, **options}
+        if residual:
+            made["residual"] = _normal(g, *getattr(ops, f"{op}_reference")(**made).shape)
+        return made
+
+    parts = [_shape(n, c, k, h), f"{kernel}x{kernel}", *(f"{name}{value}" for name, value in options.items())]
+    label = "-".join([*parts, *(["residual"] if residual else [])])
+    differentiable = ("x", "weight", "bias", "norm_weight", "norm_bias", "residual")
+    return OpCase(op, label, make, differentiable, ("x", "residual"), bench)
 
 
 def _geometry(made: Inputs) -> Inputs:
@@ -322,10 +349,28 @@ CASES: dict[str, list[OpCase]] = {
         _conv2d(2, 6, 5, 6, 5, norm=True, groups=2, padding=1, skip=4, each=True, residual=True, scale_shift=True),
         _conv2d(1, 24, 40, 16, 12, norm=True, padding=1, in_act="gelu"), _conv2d(0, 4, 4, 4, 4, norm=True),
         _conv2d(2, 12, 6, 6, 9, 1, norm=True, in_act="none"), _conv2d(2, 8, 6, 5, 5, norm=True, padding=1, upsample=2),
-        _conv2d(2, 8, 6, 6, 9, norm=True, stride=2, padding=1, act="relu"), _conv2d(1, 36, 9, 11, 10, norm=True, skip=12),
+        _conv2d(2, 8, 6, 6, 9, norm=True, stride=2, padding=1, act="relu"),
+        _conv2d(1, 36, 9, 11, 10, norm=True, skip=12),
         *(
             _conv2d(n, c, k, s, s, norm=True, groups=32, padding=1, bench=True) for n, c, k, s in NORM_ACT_CONV_SHAPES
         ),
+    ],
+    "conv2d_norm_act": [
+        _conv_norm_act(2, 5, 6, 7, 3, padding=1), _conv_norm_act(2, 6, 9, 8, 4, stride=2, padding=1, act="leaky_relu"),
+        _conv_norm_act(2, 6, 5, 6, 3, padding=1, residual=True), _conv_norm_act(2, 6, 5, 6, 3, training=True),
+        _conv_norm_act(1, 24, 20, 13, 3, act="silu"),
+        _conv_norm_act(16, 64, 64, 32, 3, padding=1, residual=True, bench=True),
+        _conv_norm_act(64, 64, 128, 32, 4, stride=2, padding=1, act="leaky_relu", bench=True),
+    ],
+    "conv_transpose2d_norm_act": [
+        _conv_norm_act(2, 5, 6, 7, 4, transposed=True, stride=2, padding=1),
+        _conv_norm_act(2, 7, 3, 5, 4, transposed=True, stride=2, padding=1, act="tanh"),
+        _conv_norm_act(3, 8, 4, 1, 4, transposed=True), _conv_norm_act(2, 4, 5, 4, 3, transposed=True, padding=1),
+        _conv_norm_act(2, 6, 5, 4, 4, transposed=True, stride=2, padding=1, residual=True, act="silu"),
+        _conv_norm_act(2, 6, 3, 4, 4, transposed=True, stride=2, padding=1, residual=True),
+        _conv_norm_act(2, 4, 5, 4, 3, transposed=True, stride=2, padding=1, output_padding=1, training=True),
+        _conv_norm_act(64, 256, 128, 16, 4, transposed=True, stride=2, padding=1, bench=True),
+        _conv_norm_act(64, 512, 256, 8, 4, transposed=True, stride=2, padding=1, bench=True),
     ],
     "to_uint8": [
         _to_uint8(2, 3, 5, 7), _to_uint8(1, 1, 1, 1), _to_uint8(0, 3, 4, 4), _to_uint8(2, 4, 33, 31),
@@ -435,6 +480,25 @@ def _eager_norm_act_conv2d(
     return _eager_conv2d(h, weight, bias, stride, padding, **rest)
 
 
+def _eager_conv2d_norm_act(
+    x: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0, **norm: Any
+) -> Tensor:
+    return _eager_normed(F.conv2d(x, weight, bias, stride, padding), **norm)
+
+
+def _eager_conv_transpose2d_norm_act(
+    x: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0, output_padding: Any = 0, **norm: Any
+) -> Tensor:
+    return _eager_normed(F.conv_transpose2d(x, weight, bias, stride, padding, output_padding), **norm)
+
+
+def _eager_normed(
+    h: Tensor, *, norm_weight: Any = None, norm_bias: Any = None, act: str = "relu", residual: Any = None, **norm: Any
+) -> Tensor:
+    h = F.batch_norm(h, weight=norm_weight, bias=norm_bias, **norm)
+    return ACTIVATIONS[act][1](h if residual is None else h + residual)
+
+
 def _eager_to_uint8(x: Tensor) -> Tensor:
     return (x.clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
@@ -447,6 +511,8 @@ EAGER: dict[str, Callable] = {
     "batch_norm_act": _eager_batch_norm_act,
     "conv2d": _eager_conv2d,
     "norm_act_conv2d": _eager_norm_act_conv2d,
+    "conv2d_norm_act": _eager_conv2d_norm_act,
+    "conv_transpose2d_norm_act": _eager_conv_transpose2d_norm_act,
     "to_uint8": _eager_to_uint8,
     "attention": ops.attention_reference,
     "philox_normal": lambda seeds, shape, step, stream: torch.randn((len(seeds), *shape), device=seeds.device),

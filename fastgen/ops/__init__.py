@@ -4,6 +4,12 @@ from fastgen.ops.activations import ACTIVATIONS
 from fastgen.ops.attention import attention, attention_reference
 from fastgen.ops.batch_norm_act import batch_norm_act, batch_norm_act_reference
 from fastgen.ops.conv2d import conv2d, conv2d_reference, norm_act_conv2d, norm_act_conv2d_reference
+from fastgen.ops.conv2d_norm_act import (
+    conv2d_norm_act,
+    conv2d_norm_act_reference,
+    conv_transpose2d_norm_act,
+    conv_transpose2d_norm_act_reference,
+)
 from fastgen.ops.diffusion_step import diffusion_step, diffusion_step_reference
 from fastgen.ops.group_norm_act import group_norm_act, group_norm_act_reference
 from fastgen.ops.philox import (
@@ -25,7 +31,11 @@ __all__ = [
     "batch_norm_act",
     "batch_norm_act_reference",
     "conv2d",
+    "conv2d_norm_act",
+    "conv2d_norm_act_reference",
     "conv2d_reference",
+    "conv_transpose2d_norm_act",
+    "conv_transpose2d_norm_act_reference",
     "diffusion_step",
     "diffusion_step_reference",
     "group_norm_act",

@@ -1,4 +1,4 @@
-"""Two-dimensional convolution with what stands around it in a U-Net: norm and activation before, bias and residual after.
+"""Two-dimensional convolution with what stands around it in a U-Net: norm, activation, bias and residual.
 
     conv2d(x)          = act(conv(up([x, skip])) + bias + residual)
     norm_act_conv2d(x) = act(conv(up(h)) + bias + residual),

@@ -29,8 +29,8 @@ CHANNELS_LAST = torch.channels_last
 
 
 class Geometry(NamedTuple):
-    """padding: left, right, top, bottom, as F.pad counts. transposed: a 4×4 kernel, stride 2, padding 1 of
-    F.conv_transpose2d, which is also what a nearest upsampling before a 3×3 kernel comes to."""
+    """padding: left, right, top, bottom, as F.pad counts. transposed: F.conv_transpose2d's. A 4×4 kernel of it with
+    stride 2 and padding 1 is also what a nearest upsampling before a 3×3 kernel comes to."""
 
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int, int, int] = (0, 0, 0, 0)
@@ -38,12 +38,14 @@ class Geometry(NamedTuple):
     groups: int = 1
     upsample: int = 1
     transposed: bool = False
+    output_padding: tuple[int, int] = (0, 0)
 
     def output(self, h: int, w: int, kh: int, kw: int) -> tuple[int, int]:
         """H', W'."""
-        if self.transposed:
-            return 2 * h, 2 * w
         left, right, top, bottom = self.padding
+        if self.transposed:
+            h = (h - 1) * self.stride[0] - top - bottom + kh + self.output_padding[0]
+            return h, (w - 1) * self.stride[1] - left - right + kw + self.output_padding[1]
         h, w = h * self.upsample, w * self.upsample
         return (
             (h + top + bottom - self.dilation[0] * (kh - 1) - 1) // self.stride[0] + 1,
@@ -53,7 +55,8 @@ class Geometry(NamedTuple):
     def subpixels(self, weight: Tensor) -> bool:
         """Whether the output is four interleaved maps, each by a 2×2 kernel."""
         if self.transposed:
-            return True
+            usual = self.stride == (2, 2) and self.padding == (1, 1, 1, 1) and self.output_padding == (0, 0)
+            return usual and tuple(weight.shape[2:]) == (4, 4)
         same = self.padding == (1, 1, 1, 1) and self.stride == (1, 1) and self.dilation == (1, 1)
         return self.upsample == 2 and same and tuple(weight.shape[2:]) == (3, 3)
 
@@ -122,8 +125,9 @@ def run(
 ) -> Tensor:  # fmt: skip
     """act(conv(prologue([x, skip])) · gain + bias + residual), [N, K, *size], channels last.
 
-    ``way`` tells how weight is read; ``kept``: transformed weights come from the cache. Where a sum is not finite, tiles have spread it to their neighbours: then all is
-    computed again by the sums themselves, so that NaN and infinity stand where PyTorch's convolution has them.
+    ``way`` tells how weight is read; ``kept``: transformed weights come from the cache. Where a sum is not finite,
+    tiles have spread it to their neighbours: then all is computed again by the sums themselves, so that NaN and
+    infinity stand where PyTorch's convolution has them.
     """
     x, skip, residual = (None if t is None else t.contiguous(memory_format=CHANNELS_LAST) for t in (x, skip, residual))
     subpixels = way == SUBPIXELS
@@ -152,6 +156,28 @@ def run(
 
     if not launch(algorithm) and algorithm != DIRECT:
         launch(DIRECT)
+    return y
+
+
+def subpixel(
+    x: Tensor, weight: Tensor, geometry: Geometry, size: tuple[int, int], gain: Tensor, offset: Tensor,
+    residual: Tensor | None, act: str, narrow: int,
+) -> Tensor:  # fmt: skip
+    """act(conv_transpose2d(x, weight [C, K, 4, 4]) · gain + offset + residual), [N, K, 2H, 2W]; no residual where
+    4K <= narrow: there the sub-pixels are 4K channels of one convolution, put in their places afterwards."""
+    n, k = x.shape[0], weight.shape[1]
+    if 4 * k > narrow:
+        return run(x, weight, geometry, SUBPIXELS, size, gain=gain, bias=offset, residual=residual, act=act, kept=True)
+    # Output 2i + a takes taps 3 - a and 1 - a of the input rows i - 1 + a and i + a.
+    taps = weight.detach()[:, :, [3, 1, 2, 0]][..., [3, 1, 2, 0]].reshape(-1, k, 2, 2, 2, 2)  # [C, K, a, r, b, s]
+    phases = taps.permute(2, 4, 1, 0, 3, 5).reshape(4 * k, -1, 2, 2)
+    h, w = x.shape[2] + 1, x.shape[3] + 1
+    given = {"gain": gain.repeat(4), "bias": offset.repeat(4), "act": act}
+    maps = run(x, phases, Geometry(padding=(1, 1, 1, 1)), FORWARD, (h, w), **given).view(n, 2, 2, k, h, w)
+    y = x.new_empty((n, k, *size))
+    for a in range(2):
+        for b in range(2):
+            y[:, :, a::2, b::2] = maps[:, a, b, :, a : a + h - 1, b : b + w - 1]
     return y
 
 
