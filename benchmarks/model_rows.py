@@ -1,4 +1,4 @@
-"""The rows of whole models: a U-Net's forward, and sampling from start to end."""
+"""The rows of whole models: a U-Net's forward and its training step, a DCGAN generator, sampling from start to end."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
+from itertools import pairwise
 from unittest import mock
 
 import torch
@@ -18,7 +19,9 @@ from fastgen import backends, ops
 from fastgen.models import FAMILIES
 from fastgen.testing import EAGER
 
-UNETS = (("mnist", 16), ("cifar10", 1), ("cifar10", 4))  # preset, batch
+UNETS = (("mnist", 16), ("cifar10", 1), ("cifar10", 4), ("cifar10", 16))  # preset, batch
+TRAINING = (("cifar10", 8),)
+GENERATOR = (100, 512, 256, 128, 64, 3)  # channels of the DCGAN generator for 64×64 pixels (Radford et al. 2016)
 MODEL_TOLERANCE = 1e-4  # of a whole model in fp32, relative to its largest output
 IMAGES, STEPS = 16, 10
 Context = Callable[[], AbstractContextManager]
@@ -122,6 +125,99 @@ def diffusers_unet(preset: str, model: nn.Module) -> nn.Module | None:
     return network.to(weight.device, weight.dtype).eval()
 
 
+def training_row(preset: str, batch: int, dtype: str, bench: Bench) -> Row:
+    """Forward, backward and AdamW's step; right if the loss is. No weight decay, and steps too small to matter."""
+    torch._dynamo.reset()
+    kind, device = DTYPES[dtype], bench.device
+    row = Row("training", f"{preset}-batch {batch}", dtype, device, auto=backends.preferred("norm_act_conv2d", device))
+    model = unet(preset).to(device, kind)
+    generator, size = torch.Generator().manual_seed(0), model.config.image_size
+    x = torch.randn((batch, model.config.in_channels, size, size), generator=generator).to(device, kind)
+    t = torch.randint(1000, (batch,), generator=generator).to(device)
+    with torch.no_grad(), plain_pytorch():
+        loss = copy.deepcopy(model).double()(x.double(), t).square().mean()
+    right = truth([loss], [MODEL_TOLERANCE * loss.item()], kind)
+
+    def column(name: str, network: nn.Module, context: Context = nullcontext, ours: bool = False) -> Column:
+        network = copy.deepcopy(network).train()
+        optimizer = torch.optim.AdamW(network.parameters(), lr=1e-9, weight_decay=0.0)
+
+        def step() -> list[Tensor]:
+            optimizer.zero_grad()
+            loss = _tensor(network(x, t)).square().mean()
+            loss.backward()
+            optimizer.step()
+            return [loss.detach()]
+
+        return Column(name, step, step, right, context, ours=ours)
+
+    columns = [column("eager", model, plain_pytorch), column("auto", model, ours=True)]
+    others = diffusers_unet(preset, model)
+    if others is not None:
+        columns.append(column("diffusers", others))
+    for name, options in bench.compile_modes(row).items():
+        compiled = column(name, model, plain_pytorch)
+        compiled.call = torch.compile(compiled.call, dynamic=False, **options)
+        columns.append(compiled)
+    return run_row(row, columns, bench.timer, bench.seconds)
+
+
+class Generator(nn.Sequential):
+    """DCGAN's generator, z [N, 100, 1, 1] -> images [N, 3, 64, 64]; `fused` runs it on our ops."""
+
+    def __init__(self) -> None:
+        layers: list[nn.Module] = []
+        for i, (c, k) in enumerate(pairwise(GENERATOR)):
+            last = i == len(GENERATOR) - 2
+            layers.append(nn.ConvTranspose2d(c, k, 4, 1 if i == 0 else 2, 0 if i == 0 else 1, bias=False))
+            layers += [nn.Tanh()] if last else [nn.BatchNorm2d(k), nn.ReLU(True)]
+        super().__init__(*layers)
+
+    def fused(self, z: Tensor) -> Tensor:
+        """The same in evaluation, each layer one op."""
+        layers = list(self)
+        for conv, norm in zip(layers[0::3], [*layers[1:-1:3], None], strict=True):
+            if norm is None:
+                statistics = {"running_mean": z.new_zeros(3), "running_var": z.new_ones(3), "eps": 0.0, "act": "tanh"}
+            else:
+                statistics = {"running_mean": norm.running_mean, "running_var": norm.running_var, "eps": norm.eps}
+                statistics |= {"norm_weight": norm.weight, "norm_bias": norm.bias}
+            z = ops.conv_transpose2d_norm_act(z, conv.weight, None, conv.stride, conv.padding, **statistics)
+            z = z.contiguous(memory_format=torch.channels_last)
+        return z
+
+
+def dcgan_row(dtype: str, bench: Bench) -> Row:
+    torch._dynamo.reset()
+    kind, device = DTYPES[dtype], bench.device
+    row = Row("dcgan", "generator 64x64-batch 64", dtype, device)
+    row.auto = backends.preferred("conv_transpose2d_norm_act", device)
+    torch.manual_seed(0)
+    model = Generator().to(device).eval()
+    for p in model.parameters():
+        nn.init.normal_(p, 1.0 if p.ndim == 1 else 0.0, 0.02)  # the paper's, section 4
+    z = torch.randn((64, GENERATOR[0], 1, 1), generator=torch.Generator().manual_seed(0)).to(device, kind)
+    with torch.no_grad():
+        reference = [copy.deepcopy(model).double()(z.double())]
+        model = model.to(kind)
+        with FlopCounterMode(display=False) as counter:
+            yardstick = errors([model(z)], reference)
+    right = truth(reference, yardstick, kind)
+    right.bounds[0] = max(right.bounds[0], MODEL_TOLERANCE * reference[0].abs().max().item())
+    row.bytes, row.flops = nbytes(*model.parameters(), z, *reference), counter.get_total_flops()
+    row.limit_ms = bench.limit_ms(Work(row.bytes, row.flops), dtype)
+    last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    columns = [
+        _column("eager", lambda: [model(z)], right),
+        _column("eager channels_last", lambda: [last(z)], right),
+        _column("auto", lambda: [model.fused(z)], right, ours=True),
+    ]
+    for name, options in bench.compile_modes(row).items():
+        compiled = torch.compile(copy.deepcopy(last), dynamic=False, **options)
+        columns.append(_column(name, lambda compiled=compiled: [compiled(z)], right))
+    return run_row(row, columns, bench.timer, bench.seconds)
+
+
 def sampling_row(dtype: str, bench: Bench) -> Row:
     """fastgen.sample with DDIM on a small network with random weights: what a step costs around the network."""
     from fastgen.sampling import sample
@@ -149,9 +245,18 @@ def unet_rows(dtype: str, bench: Bench, *, quick: bool = False) -> Iterator[Call
         yield partial(unet_row, preset, batch, dtype, bench)
 
 
+def training_rows(dtype: str, bench: Bench, *, quick: bool = False) -> Iterator[Callable[[], Row]]:
+    for preset, batch in TRAINING:
+        yield partial(training_row, "tiny" if quick else preset, batch, dtype, bench)
+
+
+def dcgan_rows(dtype: str, bench: Bench, *, quick: bool = False) -> Iterator[Callable[[], Row]]:
+    yield partial(dcgan_row, dtype, bench)
+
+
 def sampling_rows(dtype: str, bench: Bench, *, quick: bool = False) -> Iterator[Callable[[], Row]]:
     if dtype == "fp32":
         yield partial(sampling_row, dtype, bench)
 
 
-MODELS = {"unet": unet_rows, "sampling": sampling_rows}
+MODELS = {"unet": unet_rows, "training": training_rows, "dcgan": dcgan_rows, "sampling": sampling_rows}
