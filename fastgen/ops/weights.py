@@ -128,8 +128,8 @@ def unchanging() -> Iterator[None]:
     """The caller promises that no parameter changes within the block: each is checked at its first use only.
 
     Changes that PyTorch counts (in place, on the parameter itself) or that move it are noticed all the same; those
-    through ``.data``, numpy or a fused optimizer are not. What was made stays alive until the end of the block, whatever
-    the limit of the cache. A block within a block is part of the outer one.
+    through ``.data``, numpy or a fused optimizer are not. What was made stays alive until the end of the block,
+    whatever the limit of the cache. A block within a block is part of the outer one.
     """
     if _trusted.get() is not None:
         yield
