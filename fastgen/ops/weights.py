@@ -75,23 +75,23 @@ class WeightCache:
         return trusted[known][1]
 
     def _checked(self, weight: Tensor, key: tuple, make: Callable[[], Tensor], limit: int) -> Tensor:
-        checksum = torch.ops.fastgen_cpp.conv2d_checksum(weight)
+        values = checksum(weight)
         with self.lock:
             self._drop_freed()
             found = self.entries.get(key)
-            if found is not None and found.checksum == checksum:
+            if found is not None and found.checksum == values:
                 self.entries.move_to_end(key)
                 self.hits += 1
                 return found.made
             self.misses += 1
         made = make()
-        if made.nbytes > limit or torch.ops.fastgen_cpp.conv2d_checksum(weight) != checksum:
+        if made.nbytes > limit or checksum(weight) != values:
             return made  # the latter where another thread has changed the weight meanwhile
         memory = weakref.ref(weight.untyped_storage(), lambda _: self._release(key))
         with self.lock:
             self._drop_freed()
             self._drop(key)
-            self.entries[key] = Entry(checksum, made, memory)
+            self.entries[key] = Entry(values, made, memory)
             self.bytes += made.nbytes
             while self.bytes > limit:
                 self._drop(next(iter(self.entries)))
@@ -117,6 +117,11 @@ class WeightCache:
 
 
 CACHE = WeightCache()
+
+
+def checksum(weight: Tensor) -> int:
+    """64 bits of all values and their order, of a dense tensor."""
+    return torch.ops.fastgen_cpp.conv2d_checksum(weight)
 
 
 def _dense(x: Tensor) -> bool:
