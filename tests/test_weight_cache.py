@@ -19,6 +19,9 @@ from torch import Tensor, nn
 
 import fastgen
 from fastgen import backends, ops
+from fastgen.diffusion.samplers import SamplingDefaults
+from fastgen.diffusion.schedules import DiffusionConfig
+from fastgen.models.unet import PRESETS, UNet
 from fastgen.ops import weights
 from fastgen.ops.weights import CACHE, unchanging
 
@@ -459,6 +462,70 @@ def test_a_block_in_a_block(checks: list[int]) -> None:
     with pytest.raises(KeyError), unchanging():
         raise KeyError
     assert weights._trusted.get() is None
+
+
+# Sampling
+
+
+def tiny() -> UNet:
+    torch.manual_seed(0)
+    return UNet(PRESETS["tiny"], DiffusionConfig("cosine", 100, prediction="v"), SamplingDefaults("ddim", 4, 1.0))
+
+
+def test_sampling_checks_each_weight_once(checks: list[int]) -> None:
+    net = tiny()
+    images = fastgen.sample(net, 3, batch_size=1, backend="cpp").images
+    assert checks and len(CACHE.entries) * 2 == len(checks), "twice: before it was made, and after"
+    checks.clear()
+    assert torch.equal(fastgen.sample(net, 3, batch_size=1, backend="cpp").images, images)
+    assert len(checks) == len(set(checks)) == len(CACHE.entries)
+    checks.clear()
+    list(fastgen.stream(net, 3, batch_size=1, backend="cpp"))
+    assert len(checks) == 3 * len(set(checks)), "whoever takes the images may change weights in between"
+
+
+def test_sampling_sees_changes_between_calls() -> None:
+    net = tiny()
+    before = fastgen.sample(net, 2, backend="cpp").images
+    with torch.no_grad():
+        net.conv_in.weight.data.mul_(1.5)
+    after = fastgen.sample(net, 2, backend="cpp").images
+    assert not torch.equal(after, before)
+    assert torch.equal(after, fresh(lambda: fastgen.sample(net, 2, backend="cpp").images))
+
+
+def test_stream_keeps_its_promise_to_itself() -> None:
+    """Between two batches the caller's weights are checked, and changed ones are used for the next batch."""
+    net, found = tiny(), []
+    for made in fastgen.stream(net, 2, batch_size=1, backend="cpp"):
+        assert weights._trusted.get() is None
+        found.append(made.images)
+        net.conv_in.weight.data.mul_(1.5)
+    assert weights._trusted.get() is None
+    net = tiny()
+    net.conv_in.weight.data.mul_(1.5)
+    assert torch.equal(found[1], fastgen.sample(net, seed=1, backend="cpp").images)
+    abandoned = fastgen.stream(net, 2, batch_size=1, backend="cpp")
+    next(abandoned)
+    abandoned.close()
+    assert weights._trusted.get() is None
+
+
+def test_a_callback_may_change_weights() -> None:
+    def call() -> Tensor:
+        net = tiny()
+        change = lambda row, x, x0: net.conv_in.weight.data.mul_(1.2)  # noqa: E731
+        return fastgen.sample(net, 2, backend="cpp", callback=change).images
+
+    assert torch.equal(call(), fresh(call))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_cache_changes_no_bit(dtype: torch.dtype) -> None:
+    net = tiny().to(dtype)
+    arguments = {"seed": 3, "labels": [1, 2, 3, 4, 5], "guidance": 2.0, "batch_size": 2, "backend": "cpp"}
+    kept, again = (fastgen.sample(net, 5, **arguments).images for _ in range(2))
+    assert torch.equal(kept, again) and torch.equal(kept, fresh(lambda: fastgen.sample(net, 5, **arguments).images))
 
 
 # The bound, and what is let go
