@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from fastgen import backends
+from fastgen.ops import weights
 from fastgen.version import __version__
 
 
@@ -20,22 +21,27 @@ from fastgen.version import __version__
 class Report:
     """The state of this installation. ``str(report)`` is for people, ``report.as_dict()`` for scripts.
 
-    versions: name -> version or why it is missing; libraries: the compiled parts;
+    versions: name -> version or why it is missing; libraries: the compiled parts; cache: the transformed weights of
+    convolutions that this process keeps: how many, how many MB, and the limit in MB, "off", or what is wrong with it;
     ops: op -> device -> backend -> None if it can run, else the reason; auto: op -> device -> backend.
     """
 
     versions: dict[str, str]
     hardware: dict[str, str]
     libraries: dict[str, str]
+    cache: dict[str, Any]
     ops: dict[str, dict[str, dict[str, str | None]]] = field(repr=False)
     auto: dict[str, dict[str, str]] = field(repr=False)
 
     def as_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("versions", "hardware", "libraries", "ops", "auto")}
+        return {name: getattr(self, name) for name in ("versions", "hardware", "libraries", "cache", "ops", "auto")}
 
     def __str__(self) -> str:
         lines = []
-        for title, values in (("versions", self.versions), ("hardware", self.hardware), ("libraries", self.libraries)):
+        for title, values in (
+            ("versions", self.versions), ("hardware", self.hardware), ("libraries", self.libraries),
+            ("weight cache", self.cache),
+        ):  # fmt: skip
             lines += [title, *(f"  {name:<12}{value}" for name, value in values.items())]
         for device in next(iter(self.ops.values())):
             lines += [f"ops on {device}", "  " + "".join(f"{name:<16}" for name in ("", "auto", *backends.BACKENDS))]
@@ -61,7 +67,7 @@ def doctor() -> Report:
         op: {d: "none" if None not in by_device[d].values() else backends.preferred(op, d) for d in devices}
         for op, by_device in table.items()
     }
-    return Report(_versions(), _hardware(), _libraries(), table, auto)
+    return Report(_versions(), _hardware(), _libraries(), _cache(), table, auto)
 
 
 def _versions() -> dict[str, str]:
@@ -106,3 +112,11 @@ def _libraries() -> dict[str, str]:
             found[kind] = error or "loaded"
     found["triton"] = "installed" if importlib.util.find_spec("triton") else "not installed: pip install triton"
     return found
+
+
+def _cache() -> dict[str, Any]:
+    try:
+        limit = weights.limit_bytes() >> 20 or "off (FASTGEN_WEIGHT_CACHE=0)"
+    except ValueError as error:
+        limit = str(error)
+    return {"entries": len(weights.CACHE.entries), "MB": round(weights.CACHE.bytes / 2**20, 1), "limit": limit}

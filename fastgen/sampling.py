@@ -37,6 +37,7 @@ from fastgen.diffusion.samplers import Sampler, SamplingPlan, describe_sampler, 
 from fastgen.errors import OUT_OF_MEMORY, UsageError
 from fastgen.images import Samples, concatenate
 from fastgen.ops.philox import Stream
+from fastgen.ops.weights import unchanging
 from fastgen.recipe import Recipe, encode_picture, environment
 
 BATCH_SIZE = 64
@@ -87,7 +88,8 @@ def sample(
     Raises UsageError, a ValueError, that names the argument and the way out.
     """
     arguments = locals()
-    return concatenate(list(stream(**arguments)))
+    with _unchanging(callback):
+        return concatenate(list(stream(**arguments)))
 
 
 def stream(model: str | Path | nn.Module, n: int | None = None, **arguments: Any) -> Iterator[Samples]:
@@ -193,7 +195,11 @@ def run(job: Job, batches: Sequence[Sequence[int]]) -> Iterator[Samples]:
     with _bar(len(batches) * len(job.plan.timesteps), job.progress) as bar:
         done = 0
         for batch in batches:
-            with torch.inference_mode(), _backend(job.backend), _evaluating(job.network), _memory(len(batch)):
+            # Entered anew for each batch: a block around the yield would reach into the caller's code.
+            with (
+                torch.inference_mode(), _backend(job.backend), _evaluating(job.network), _memory(len(batch)),
+                _unchanging(job.callback),
+            ):  # fmt: skip
                 x = _denoise(job, torch.tensor(batch), place, bar)
                 images = ops.to_uint8(x).permute(0, 3, 1, 2).contiguous().cpu()
                 recipe = replace(job.recipe_of(batch), environment=environment(place))
@@ -205,6 +211,11 @@ def run(job: Job, batches: Sequence[Sequence[int]]) -> Iterator[Samples]:
 
 def _backend(backend: str | None) -> Any:
     return use_backend(backend) if backend else nullcontext()
+
+
+def _unchanging(callback: Callback | None) -> Any:
+    """Weights are checked and prepared once, unless there is a callback, which may change them in any way."""
+    return unchanging() if callback is None else nullcontext()
 
 
 def _denoise(job: Job, index: Tensor, device: torch.device, bar: tqdm) -> Tensor:

@@ -13,7 +13,7 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which nothing has done yet
 os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # its cache on disk does not know our fake kernels
-for _name in ("FASTGEN_BACKEND", "FASTGEN_CPU_ISA"):
+for _name in ("FASTGEN_BACKEND", "FASTGEN_CPU_ISA", "FASTGEN_WEIGHT_CACHE"):
     os.environ.pop(_name, None)
 
 sys.path.insert(0, str(Path(__file__).parent / "ops"))  # suite.py, for the tests that stand outside ops/

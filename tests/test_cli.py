@@ -878,6 +878,7 @@ def test_doctor(run: Any) -> None:
     text, report = run("doctor"), json.loads(run("doctor", "--json").out)
     assert text.code == 0 and report == fastgen.doctor().as_dict()
     assert report["versions"]["torch"] == torch.__version__ and report["versions"]["fastgen"] == fastgen.__version__
+    assert "weight cache" in text.out and set(report["cache"]) == {"entries", "MB", "limit"}
     for op, devices in report["ops"].items():
         assert op in text.out and devices["cpu"]["reference"] is None
         assert set(devices["cpu"]) == {"reference", "cpp", "triton", "cuda"}

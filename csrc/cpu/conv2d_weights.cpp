@@ -107,10 +107,13 @@ void conv2d_pack(const Tensor& weight, int64_t way, int64_t algorithm, const Ten
   fill(float{});
 }
 
-// 64 bits that change with any bit of the data and with its order: eight lanes, each the sum of products of the two
-// halves of a word, masked by a key that differs from word to word, as in XXH3's accumulation (Collet 2019).
-FASTGEN_BODY uint64_t checksum_body(const uint64_t* words, int64_t n) {
-  constexpr int kLanes = 8;
+using Word = uint64_t __attribute__((aligned(1), may_alias));  // weights may lie anywhere
+constexpr int kLanes = 8;
+
+// Eight lanes, each the sum of products of the two halves of a word, masked by a key that differs from word to word,
+// and of its neighbour's words, as in XXH3's accumulation (Collet 2019). A product can hide a change, where one half is
+// 0; the neighbour's sum then shows it.
+FASTGEN_BODY void accumulate(const Word* words, int64_t n, uint64_t* sums) {
   uint64_t sum[kLanes], key[kLanes];
   for (int i = 0; i < kLanes; ++i) {
     sum[i] = 0x9E3779B185EBCA87u * (i + 1);
@@ -119,12 +122,19 @@ FASTGEN_BODY uint64_t checksum_body(const uint64_t* words, int64_t n) {
   for (int64_t at = 0; at < n; at += kLanes)
     for (int i = 0; i < kLanes; ++i) {
       const uint64_t masked = words[at + i] ^ key[i];
-      sum[i] += (masked & 0xFFFFFFFFu) * (masked >> 32) + (words[at + i] << 32 | words[at + i] >> 32);
+      sum[i] += (masked & 0xFFFFFFFFu) * (masked >> 32) + words[at + (i ^ 1)];
       key[i] += 0x165667B19E3779F9u;
     }
-  uint64_t all = static_cast<uint64_t>(n);
-  for (int i = 0; i < kLanes; ++i) {
-    all = (all ^ sum[i]) * 0x9FB21C651E98DF25u;
+  for (int i = 0; i < kLanes; ++i) sums[i] = sum[i];
+}
+
+// 64 bits that change with any bit of n words, a multiple of 8, and with their order. The lanes are mixed out here: in
+// the body, GCC 12 vectorises the loop for AVX2 into one that gives something else.
+uint64_t checksum(const void* words, int64_t n) {
+  uint64_t sums[kLanes], all = static_cast<uint64_t>(n);
+  multiversion<accumulate>(static_cast<const Word*>(words), n, sums);
+  for (const uint64_t sum : sums) {
+    all = (all ^ sum) * 0x9FB21C651E98DF25u;
     all ^= all >> 35;
   }
   return all;
@@ -140,12 +150,11 @@ int64_t conv2d_checksum(const Tensor& weight) {
   std::vector<uint64_t> sums(pieces + 8, 0);
   torch::stable::parallel_for(0, pieces, 16, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      sums[i] = multiversion<checksum_body>(reinterpret_cast<const uint64_t*>(data + i * kPiece),
-                                            std::min(kPiece, whole - i * kPiece) / 8);
+      sums[i] = checksum(data + i * kPiece, std::min(kPiece, whole - i * kPiece) / 8);
   });
   std::memcpy(sums.data() + pieces, data + whole, bytes - whole);
   sums.resize(round_up(pieces + 8, 8));
-  return static_cast<int64_t>(multiversion<checksum_body>(sums.data(), static_cast<int64_t>(sums.size())));
+  return static_cast<int64_t>(checksum(sums.data(), static_cast<int64_t>(sums.size())));
 }
 
 }  // namespace
