@@ -219,7 +219,12 @@ def _conv2d(
         return made
 
     flags = [skip and f"skip{skip}", each and "each", residual and "residual", scale_shift and "adagn"]
-    parts = [_shape(n, c, k, h, w), f"{kernel}x{kernel}", *(f"{name}{value}" for name, value in options.items()), *flags]
+    parts = [
+        _shape(n, c, k, h, w),
+        f"{kernel}x{kernel}",
+        *(f"{name}{value}" for name, value in options.items()),
+        *flags,
+    ]
     differentiable = ("x", "weight", "bias", "skip", "residual", "norm_weight", "norm_bias", "scale", "shift")
     label = "-".join(str(p) for p in parts if p)
     op = "norm_act_conv2d" if norm else "conv2d"

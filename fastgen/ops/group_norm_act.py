@@ -67,7 +67,13 @@ def check_norm(
     ):  # fmt: skip
         if p is not None and tuple(p.shape) != shape:
             raise ValueError(f"{name} must have the shape {list(shape)}, not {list(p.shape)}")
-    for name, p in ((f"{prefix}weight", weight), (f"{prefix}bias", bias), ("scale", scale), ("shift", shift), ("skip", skip)):
+    for name, p in (
+        (f"{prefix}weight", weight),
+        (f"{prefix}bias", bias),
+        ("scale", scale),
+        ("shift", shift),
+        ("skip", skip),
+    ):
         if p is not None and p.device != x.device:
             raise ValueError(f"{name} is on {p.device}, x on {x.device}; move one of them")
 

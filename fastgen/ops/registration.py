@@ -49,6 +49,8 @@ class FusedOp:
             torch.library.register_autograd(f"fastgen::{self.name}", backward, setup_context=setup_context, lib=LIB)
         self.op = getattr(torch.ops.fastgen, self.name).default
         self._register_autocast(autocast or (lambda *args: args))
+        if schema.endswith("-> Tensor[]"):  # autograd.Function tracks the tensors of a tuple, but not those of a list
+            forward, backward = _in_tuple(forward), _from_list(backward)
         self.function = None if backward is None else _autograd_function(self.name, forward, setup_context, backward)
 
     def _register_autocast(self, rule: Callable[..., Sequence[Any]]) -> None:
@@ -92,6 +94,14 @@ def _is_plain(args: Sequence[Any]) -> bool:
 
 def _any_requires_grad(args: Sequence[Any]) -> bool:
     return any(isinstance(a, Tensor) and a.requires_grad for a in args)
+
+
+def _in_tuple(forward: Callable) -> Callable:
+    return lambda *args: tuple(forward(*args))
+
+
+def _from_list(backward: Callable | None) -> Callable | None:
+    return backward and (lambda ctx, *grads: backward(ctx, list(grads)))
 
 
 def _autograd_function(name: str, forward: Callable, setup_context: Callable, backward: Callable) -> type:
