@@ -327,7 +327,8 @@ CASES: dict[str, list[OpCase]] = {
         _conv2d(2, 6, 5, 6, 5, norm=True, groups=2, padding=1, skip=4, each=True, residual=True, scale_shift=True),
         _conv2d(1, 24, 40, 16, 12, norm=True, padding=1, in_act="gelu"), _conv2d(0, 4, 4, 4, 4, norm=True),
         _conv2d(2, 12, 6, 6, 9, 1, norm=True, in_act="none"), _conv2d(2, 8, 6, 5, 5, norm=True, padding=1, upsample=2),
-        _conv2d(2, 8, 6, 6, 9, norm=True, stride=2, padding=1, act="relu"), _conv2d(1, 36, 9, 11, 10, norm=True, skip=12),
+        _conv2d(2, 8, 6, 6, 9, norm=True, stride=2, padding=1, act="relu"),
+        _conv2d(1, 36, 9, 11, 10, norm=True, skip=12),
         *(
             _conv2d(n, c, k, s, s, norm=True, groups=32, padding=1, bench=True) for n, c, k, s in NORM_ACT_CONV_SHAPES
         ),

@@ -1,4 +1,4 @@
-"""Two-dimensional convolution with what stands around it in a U-Net: norm and activation before, bias and residual after.
+"""Two-dimensional convolution with what stands around it: norm and activation before, bias and residual after.
 
     conv2d(x)          = act(conv(up([x, skip])) + bias + residual)
     norm_act_conv2d(x) = act(conv(up(h)) + bias + residual),
@@ -117,13 +117,13 @@ def norm_act_conv2d_reference(
     upsample: int = 1, skip: Tensor | None = None, residual: Tensor | None = None, act: str | None = None,
 ) -> Tensor:  # fmt: skip
     """The equations in plain PyTorch, in at least fp32. Same arguments as `norm_act_conv2d`."""
-    dtype = wide(x.dtype)
-    x, skip, residual = (p if p is None else p.to(x.dtype).to(dtype) for p in (x, skip, residual))
+    given, dtype = x.dtype, wide(x.dtype)
+    x, skip, residual = (p if p is None else p.to(given).to(dtype) for p in (x, skip, residual))
     h = group_norm_act_reference(x, num_groups, norm_weight, norm_bias, eps, in_act, scale, shift, skip)
     y = conv2d_reference(
         h, weight, bias, stride, padding, dilation, groups, upsample=upsample, residual=residual, act=act
     )
-    return y
+    return y.to(given)
 
 
 # Forward. What follows takes the arguments of the schema, in its order.

@@ -30,10 +30,13 @@ def four(padding: Pair) -> tuple[int, int, int, int]:
 def arguments(
     x: Tensor, weight: Tensor, bias: Any = None, stride: Pair = 1, padding: Pair = 0, dilation: Pair = 1,
     groups: int = 1, *, upsample: int = 1, skip: Any = None, residual: Any = None, act: str | None = None,
-    num_groups: int | None = None, norm_weight: Any = None, norm_bias: Any = None, eps: float = 1e-5, in_act: str = "silu",
-    scale: Any = None, shift: Any = None, backend: str | None = None,
+    num_groups: int | None = None, norm_weight: Any = None, norm_bias: Any = None, eps: float = 1e-5,
+    in_act: str = "silu", scale: Any = None, shift: Any = None, backend: str | None = None,
 ) -> tuple:  # fmt: skip
-    """The op's arguments in the order of its schema, checked; num_groups None: no norm. Raises ValueError that names the one at fault."""
+    """The op's arguments in the order of its schema, checked; num_groups None: no norm.
+
+    Raises ValueError that names the one at fault.
+    """
     if x.ndim != 4 or not x.is_floating_point():
         raise ValueError(f"x must be a floating tensor [N, C, H, W], not {x.dtype} {list(x.shape)}")
     check_act(act or "none")
@@ -54,7 +57,8 @@ def arguments(
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     return (
         x, weight, bias, list(geometry.stride), list(geometry.padding), list(geometry.dilation), groups, upsample, skip,
-        residual, act or "none", num_groups or 0, norm_weight, norm_bias, eps, in_act, scale, shift, not recorded, backend,
+        residual, act or "none", num_groups or 0, norm_weight, norm_bias, eps, in_act, scale, shift, not recorded,
+        backend,
     )  # fmt: skip
 
 

@@ -59,7 +59,7 @@ class WeightCache:
                 return found[1]
         made = self._checked(weight, kind, make, limit)
         if trusted is not None and type(weight) is torch.nn.Parameter:
-            trusted[id(weight), weight._version, *kind] = (weight, made)
+            trusted[(id(weight), weight._version, *kind)] = (weight, made)
         return made
 
     def _checked(self, weight: Tensor, kind: tuple, make: Callable[[], Tensor], limit: int) -> Tensor:
