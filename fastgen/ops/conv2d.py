@@ -214,6 +214,7 @@ def _backward_reference(dy: Tensor, *args: Any) -> list[Tensor | None]:
 
 def _backward_op(dy: Tensor, *args: Any) -> list[Tensor]:
     *args, mean, rstd, needs, backend = args
+    given = dy
     x, weight, bias, stride, padding, dilation, groups, upsample, skip, residual, act, num_groups = args[:12]
     norm_weight, norm_bias, eps, in_act, scale, shift = args[12:]
     backend = backends.resolve("conv2d", x.device, backend)
@@ -225,11 +226,11 @@ def _backward_op(dy: Tensor, *args: Any) -> list[Tensor]:
         prologue = Prologue(mean, rstd, norm_weight, norm_bias, scale, shift, in_act) if num_groups else None
         second = None if skip is None else skip.to(x.dtype)
         with torch.no_grad():
+            dy = dense(dy, like=x)  # first of all: PyTorch rounds otherwise where strides are mixed
             if act != "none":
                 more = None if residual is None else residual.to(x.dtype)
                 z = convolution.forward(x, weight, bias, geometry, second, more, "none", prologue, num_groups, eps)
                 (dy,) = vjp(ACTIVATIONS[act][1], (z,), (dy,))
-            given, dy = dy, dense(dy.to(x.dtype), like=x)
             dh, dweight = convolution.gradients(dy, x, weight, geometry, second, prologue, num_groups, eps, needs)
             dbias = None
             if bias is not None and needs[2]:
@@ -237,18 +238,26 @@ def _backward_op(dy: Tensor, *args: Any) -> list[Tensor]:
             dx, dskip, *norm = [None] * 6
             if dh is not None and prologue is not None:
                 dx, dskip, *norm = input_gradients(dh, x, num_groups, eps, second, prologue, backend)
-            elif dh is not None and second is not None:
-                dx, dskip = (part.clone() for part in dh.split((x.shape[1], second.shape[1]), 1))
             elif dh is not None:
-                dx = dh
-            # An op's outputs share memory neither with its inputs nor with one another.
-            found = [dx, dweight, dbias, dskip, dy.clone() if dy is given else dy, *norm]
-    return [
+                dx, dskip = dh[:, : x.shape[1]], dh[:, x.shape[1] :]
+            found = [dx, dweight, dbias, dskip, dy, *norm]
+    out = [
         g.to(args[i].dtype).contiguous(memory_format=layout(x) if _image(i) else torch.contiguous_format)
         if args[i] is not None and needed
         else x.new_empty(0)
         for i, g, needed in zip(_TENSORS, found, needs, strict=True)
     ]
+    return _apart(given, out)
+
+
+def _apart(dy: Tensor, gradients: list[Tensor]) -> list[Tensor]:
+    """The gradients, copied where they share memory with dy or with one another: an op's outputs must not."""
+    taken, out = {dy.untyped_storage().data_ptr()}, []
+    for g in gradients:
+        at = g.untyped_storage().data_ptr()
+        out.append(g.clone() if at in taken else g)
+        taken.add(at)
+    return out
 
 
 def _backward_fake(dy: Tensor, *args: Any) -> list[Tensor]:

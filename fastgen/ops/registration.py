@@ -111,11 +111,14 @@ def _autograd_function(name: str, forward: Callable, setup_context: Callable, ba
 
     def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
         """One call an element, as the dispatcher does for an op without a batching rule."""
-        rows = (
-            [a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)]
-            for i in range(info.batch_size)
-        )
-        outputs = [function.apply(*row) for row in rows]
+
+        def row(a: Any, d: Any, i: int) -> Any:
+            if isinstance(d, (list, tuple)):  # a list of numbers has a list of dimensions, all None
+                return a
+            return a if d is None else a.select(d, i)
+
+        rows = ([row(a, d, i) for a, d in zip(args, in_dims, strict=True)] for i in range(info.batch_size))
+        outputs = [function.apply(*each) for each in rows]
         if isinstance(outputs[0], Tensor):
             return torch.stack(outputs), 0
         return tuple(torch.stack(column) for column in zip(*outputs, strict=True)), (0,) * len(outputs[0])

@@ -152,6 +152,11 @@ def detached(inputs: Inputs, change: Callable[[str, Tensor], Tensor]) -> Inputs:
     }
 
 
+def batched(name: str, x: Tensor) -> bool:
+    """Whether an argument has one row for each image; guidance and a convolution's bias may have one for all."""
+    return name in BATCHED or x.ndim == {"guidance": 1, "bias": 2}.get(name)
+
+
 def rows(inputs: Inputs, index: Tensor) -> Inputs:
     """The inputs of the images `index` of the batch, repeated where it repeats them."""
     doubled = inputs.get("guidance") is not None
@@ -159,7 +164,7 @@ def rows(inputs: Inputs, index: Tensor) -> Inputs:
     def pick(name: str, x: Tensor) -> Tensor:
         if name == "model_out" and doubled:
             return torch.cat([half.index_select(0, index) for half in x.chunk(2)])
-        if name in BATCHED or (name == "guidance" and x.ndim == 1):
+        if batched(name, x):
             y = x.index_select(0, index)
             keep = torch.channels_last if x.ndim == 4 and not x.is_contiguous() else torch.contiguous_format
             return y.contiguous(memory_format=keep)
@@ -649,7 +654,7 @@ class OpSuite:
         for size in (n + 4, 2 * n + 1, n + 1):
             inputs = rows(first, torch.arange(size, device=device) % n)
             for name, value in inputs.items():
-                if name in BATCHED or (name == "guidance" and value.ndim):
+                if isinstance(value, Tensor) and batched(name, value):
                     torch._dynamo.mark_dynamic(value, 0)  # an error, should it be fixed nevertheless
             assert_same(run(few, inputs, fn), run(few, inputs, lambda i: call(self.op, i)))
         assert counter.frame_count == 1
