@@ -16,6 +16,7 @@ Pair = int | Sequence[int]
 
 
 def pair(value: Pair) -> tuple[int, int]:
+    """height, width."""
     return (value, value) if isinstance(value, int) else tuple(value)
 
 

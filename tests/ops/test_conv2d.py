@@ -65,7 +65,7 @@ class ConvolutionSuite(OpSuite):
 class TestConv2d(ConvolutionSuite):
     op = "conv2d"
     few = (
-        "2x12x20x9x8-3x3-padding1-actsilu-skip5-each",
+        "2x3x4x5x4-3x3-padding1-actsilu-skip2-each",
         "2x6x5x6x4-3x3-padding1-upsample2",
         "2x5x7x6x9-1x1-acttanh-residual",
     )
