@@ -333,7 +333,8 @@ CASES: dict[str, list[OpCase]] = {
         _batch_norm_act(16, 64, 64, 64, training=False, residual=True, bench=True),
     ],
     "conv2d": [
-        _conv2d(2, 8, 6, 5, 7, padding=1), _conv2d(2, 12, 20, 9, 8, padding=1, skip=5, each=True, act="silu"),
+        _conv2d(2, 8, 6, 5, 7, padding=1), _conv2d(2, 3, 4, 5, 4, padding=1, skip=2, each=True, act="silu"),
+        _conv2d(2, 12, 20, 9, 8, padding=1, skip=5, each=True, act="silu"),
         _conv2d(1, 1, 1, 3, 3), _conv2d(0, 4, 4, 4, 4), _conv2d(2, 6, 5, 6, 4, padding=1, upsample=2),
         _conv2d(2, 5, 7, 6, 9, 1, residual=True, act="tanh"), _conv2d(2, 6, 4, 8, 7, stride=2, padding=(0, 1, 0, 1)),
         _conv2d(1, 6, 4, 8, 7, 2, padding=1), _conv2d(2, 4, 6, 7, 6, 5, padding=2, dilation=2),

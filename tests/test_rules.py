@@ -20,7 +20,7 @@ PACKAGE, KERNELS, CSRC = ROOT / "fastgen", ROOT / "kernels", ROOT / "csrc"
 SOURCES = sorted(p for p in PACKAGE.rglob("*.py") if "kernels" not in p.relative_to(PACKAGE).parts)
 KERNEL_FILES = sorted(KERNELS.glob("*.py"))
 # An op's file is one that defines <stem>_reference, or has kernels.
-HELPERS = {"__init__", "activations", "registration"}
+HELPERS = {"__init__", "activations", "conv2d_arguments", "convolution", "registration", "weights"}
 OP_FILES = sorted(p for p in (PACKAGE / "ops").glob("*.py") if p.stem not in HELPERS)
 STEMS = sorted(set(backends.STEMS.values()))
 
@@ -185,7 +185,8 @@ def test_one_stem_everywhere(stem: str) -> None:
 def test_no_kernel_without_an_op() -> None:
     """What begins with an underscore is shared; what is common to all of csrc/cpu has no stem."""
     assert {f.stem for f in KERNEL_FILES if not f.stem.startswith("_")} <= set(STEMS)
-    assert {f.stem for f in (CSRC / "cpu").glob("*.cpp")} <= {*STEMS, "isa", "noise"}
+    parts = {f"{stem}_{part}" for stem in STEMS for part in ("bwd", "weights")}
+    assert {f.stem for f in (CSRC / "cpu").glob("*.cpp")} <= {*STEMS, *parts, "isa", "noise"}
     assert {f.stem for f in (CSRC / "cuda").glob("*.cu")} <= set(STEMS)
 
 

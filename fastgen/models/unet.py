@@ -116,6 +116,7 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor, emb_act: Tensor, skip: Tensor | None = None) -> Tensor:
+        """emb_act: the activated embedding; skip: a second source behind x's channels, not copied."""
         emb, scale, shift = self.time_emb_proj(emb_act), None, None
         bias = self.conv1.bias
         if self.scale_shift:

@@ -1,4 +1,4 @@
-"""Two-dimensional convolution with what stands around it in a U-Net: norm, activation, bias and residual.
+"""Two-dimensional convolution with what stands around it: norm and activation before, bias and residual after.
 
     conv2d(x)          = act(conv(up([x, skip])) + bias + residual)
     norm_act_conv2d(x) = act(conv(up(h)) + bias + residual),
@@ -12,7 +12,6 @@ memory. Legend: N batch, C channels of x, C2 of skip, G groups, K output channel
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,12 +20,12 @@ from torch import Tensor
 
 from fastgen import backends
 from fastgen.ops import convolution
-from fastgen.ops.activations import ACTIVATIONS, check_act
+from fastgen.ops.activations import ACTIVATIONS
+from fastgen.ops.batch_norm_act import batch_norm_act
+from fastgen.ops.conv2d_arguments import Pair, arguments, four, pair
 from fastgen.ops.convolution import Geometry, Prologue
-from fastgen.ops.group_norm_act import check_norm, group_norm_act_reference, input_gradients
+from fastgen.ops.group_norm_act import group_norm_act_reference, input_gradients
 from fastgen.ops.registration import FusedOp, dense, layout, vjp, wide
-
-Pair = int | Sequence[int]
 
 
 def conv2d(
@@ -53,11 +52,11 @@ def conv2d(
     Sums are in fp32 (fp64 for fp64); NaN and infinity spread as F.conv2d spreads them.
     Differentiable in every tensor, twice too. Raises ValueError that names the argument at fault.
     """
-    arguments = _arguments(
+    given = arguments(
         x, weight, bias, stride, padding, dilation, groups, upsample=upsample, skip=skip, residual=residual, act=act,
         backend=backend,
     )  # fmt: skip
-    return _CONV2D(*arguments)[0]
+    return _CONV2D(*given)[0]
 
 
 def norm_act_conv2d(
@@ -88,12 +87,12 @@ def norm_act_conv2d(
     [N, C + C2] or None; in_act: one of `ACTIVATIONS`, as in `group_norm_act`. The rest as in `conv2d`.
     Differentiable in every tensor, twice too. Raises ValueError that names the argument at fault.
     """
-    arguments = _arguments(
+    given = arguments(
         x, weight, bias, stride, padding, dilation, groups, upsample=upsample, skip=skip, residual=residual, act=act,
         num_groups=num_groups, norm_weight=norm_weight, norm_bias=norm_bias, eps=eps, in_act=in_act, scale=scale,
         shift=shift, backend=backend,
     )  # fmt: skip
-    return _NORM_ACT_CONV2D(*arguments)[0]
+    return _NORM_ACT_CONV2D(*given)[0]
 
 
 def conv2d_reference(
@@ -106,7 +105,7 @@ def conv2d_reference(
     weight, bias, residual = (None if p is None else p.to(dtype) for p in (weight, bias, residual))
     h = (x if skip is None else torch.cat([x, skip.to(x.dtype)], dim=1)).to(dtype)
     h = h.repeat_interleave(upsample, 2).repeat_interleave(upsample, 3) if upsample > 1 else h
-    y = F.conv2d(F.pad(h, _four(padding)), weight, None, _pair(stride), 0, _pair(dilation), groups)
+    y = F.conv2d(F.pad(h, four(padding)), weight, None, pair(stride), 0, pair(dilation), groups)
     if bias is not None:
         y = y + bias.reshape(-1, weight.shape[0], 1, 1)
     return ACTIVATIONS[act or "none"][1](y if residual is None else y + residual).to(x.dtype)
@@ -119,86 +118,13 @@ def norm_act_conv2d_reference(
     upsample: int = 1, skip: Tensor | None = None, residual: Tensor | None = None, act: str | None = None,
 ) -> Tensor:  # fmt: skip
     """The equations in plain PyTorch, in at least fp32. Same arguments as `norm_act_conv2d`."""
-    dtype = wide(x.dtype)
-    x, skip, residual = (p if p is None else p.to(x.dtype).to(dtype) for p in (x, skip, residual))
+    given, dtype = x.dtype, wide(x.dtype)
+    x, skip, residual = (p if p is None else p.to(given).to(dtype) for p in (x, skip, residual))
     h = group_norm_act_reference(x, num_groups, norm_weight, norm_bias, eps, in_act, scale, shift, skip)
     y = conv2d_reference(
         h, weight, bias, stride, padding, dilation, groups, upsample=upsample, residual=residual, act=act
     )
-    return y
-
-
-# Arguments
-
-
-def _pair(value: Pair) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else tuple(value)
-
-
-def _four(padding: Pair) -> tuple[int, int, int, int]:
-    """left, right, top, bottom."""
-    if not isinstance(padding, int) and len(padding) == 4:
-        return tuple(padding)
-    h, w = _pair(padding)
-    return w, w, h, h
-
-
-def _arguments(
-    x: Tensor, weight: Tensor, bias: Any = None, stride: Pair = 1, padding: Pair = 0, dilation: Pair = 1,
-    groups: int = 1, *, upsample: int = 1, skip: Any = None, residual: Any = None, act: str | None = None,
-    num_groups: int = 0, norm_weight: Any = None, norm_bias: Any = None, eps: float = 1e-5, in_act: str = "silu",
-    scale: Any = None, shift: Any = None, backend: str | None = None, normed: bool | None = None,
-) -> tuple:  # fmt: skip
-    """The op's arguments in the order of its schema, checked. Raises ValueError that names the one at fault."""
-    if x.ndim != 4 or not x.is_floating_point():
-        raise ValueError(f"x must be a floating tensor [N, C, H, W], not {x.dtype} {list(x.shape)}")
-    check_act(act or "none")
-    check_act(in_act, "in_act")
-    if upsample not in (1, 2):
-        raise ValueError(f"upsample must be 1 or 2, not {upsample}")
-    for name, value, sizes in (("stride", stride, (2,)), ("padding", padding, (2, 4)), ("dilation", dilation, (2,))):
-        if not isinstance(value, int) and len(value) not in sizes:
-            raise ValueError(f"{name} must be an int or have {' or '.join(map(str, sizes))} entries, not {value}")
-        if min(_four(value)) < (0 if name == "padding" else 1):
-            raise ValueError(f"{name} must be {'0 or more' if name == 'padding' else 'positive'}, not {value}")
-    geometry = Geometry(_pair(stride), _four(padding), _pair(dilation), groups, upsample)
-    _check(x, weight, bias, geometry, skip, residual)
-    if num_groups != 0:
-        check_norm(x, num_groups, norm_weight, norm_bias, scale, shift, skip, "norm_")
-    elif normed:
-        raise ValueError("num_groups must divide the channels, and 0 does not")
-    tensors = (x, weight, bias, skip, residual, norm_weight, norm_bias, scale, shift)
-    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    return (
-        x, weight, bias, list(geometry.stride), list(geometry.padding), list(geometry.dilation), groups, upsample, skip,
-        residual, act or "none", num_groups, norm_weight, norm_bias, eps, in_act, scale, shift, not recorded, backend,
-    )  # fmt: skip
-
-
-def _check(x: Tensor, weight: Tensor, bias: Any, geometry: Geometry, skip: Any, residual: Any) -> None:
-    n, c = x.shape[:2]
-    if skip is not None:
-        if skip.ndim != 4 or skip.shape[0] != n or skip.shape[2:] != x.shape[2:]:
-            raise ValueError(f"skip must differ from x {list(x.shape)} in its channels only, not {list(skip.shape)}")
-        c = c + skip.shape[1]
-    groups = geometry.groups
-    if groups < 1 or c % groups:
-        raise ValueError(f"groups must divide the {c} channels, and {groups} does not")
-    if weight.ndim != 4 or weight.shape[1] * groups != c or weight.shape[0] % groups or 0 in weight.shape:
-        raise ValueError(f"weight must be [K, {c // groups}, kh, kw] for {c} channels, not {list(weight.shape)}")
-    k, kh, kw = weight.shape[0], *weight.shape[2:]
-    if bias is not None and tuple(bias.shape) not in ((k,), (n, k)):
-        raise ValueError(f"bias must be [{k}] or [{n}, {k}], not {list(bias.shape)}")
-    h, w = geometry.output(*x.shape[2:], kh, kw)
-    if h < 1 or w < 1:
-        raise ValueError(f"x {list(x.shape)} is smaller than the kernel {kh}×{kw}; give more padding")
-    if residual is not None and tuple(residual.shape) != (n, k, h, w):
-        raise ValueError(f"residual must be {[n, k, h, w]}, as the output, not {list(residual.shape)}")
-    for name, t in (("weight", weight), ("bias", bias), ("skip", skip), ("residual", residual)):
-        if t is not None and t.device != x.device:
-            raise ValueError(f"{name} is on {t.device}, x on {x.device}; move one of them")
-        if t is not None and not t.is_floating_point():
-            raise ValueError(f"{name} must be floating, not {t.dtype}")
+    return y.to(given)
 
 
 # Forward. What follows takes the arguments of the schema, in its order.
@@ -289,6 +215,7 @@ def _backward_reference(dy: Tensor, *args: Any) -> list[Tensor | None]:
 
 def _backward_op(dy: Tensor, *args: Any) -> list[Tensor]:
     *args, mean, rstd, needs, backend = args
+    given = dy
     x, weight, bias, stride, padding, dilation, groups, upsample, skip, residual, act, num_groups = args[:12]
     norm_weight, norm_bias, eps, in_act, scale, shift = args[12:]
     backend = backends.resolve("conv2d", x.device, backend)
@@ -300,11 +227,11 @@ def _backward_op(dy: Tensor, *args: Any) -> list[Tensor]:
         prologue = Prologue(mean, rstd, norm_weight, norm_bias, scale, shift, in_act) if num_groups else None
         second = None if skip is None else skip.to(x.dtype)
         with torch.no_grad():
+            dy = dense(dy, like=x)  # first of all: PyTorch rounds otherwise where strides are mixed
             if act != "none":
                 more = None if residual is None else residual.to(x.dtype)
                 z = convolution.forward(x, weight, bias, geometry, second, more, "none", prologue, num_groups, eps)
-                (dy,) = vjp(ACTIVATIONS[act][1], (z,), (dy,))
-            dy = dense(dy.to(x.dtype), like=x)
+                dy = _act_gradient(dy, z, act, backend)
             dh, dweight = convolution.gradients(dy, x, weight, geometry, second, prologue, num_groups, eps, needs)
             dbias = None
             if bias is not None and needs[2]:
@@ -315,16 +242,33 @@ def _backward_op(dy: Tensor, *args: Any) -> list[Tensor]:
             elif dh is not None:
                 dx, dskip = dh[:, : x.shape[1]], dh[:, x.shape[1] :]
             found = [dx, dweight, dbias, dskip, dy, *norm]
-    return [
-        _like(g, args[i], x) if args[i] is not None and needed else x.new_empty(0)
+    out = [
+        g.to(args[i].dtype).contiguous(memory_format=layout(x) if _image(i) else torch.contiguous_format)
+        if args[i] is not None and needed
+        else x.new_empty(0)
         for i, g, needed in zip(_TENSORS, found, needs, strict=True)
     ]
+    return _apart(given, out)
 
 
-def _like(g: Tensor, t: Tensor, x: Tensor) -> Tensor:
-    """g in the dtype of t; images in x's layout, parameters contiguous; memory of its own."""
-    wanted = layout(x) if t.ndim == 4 and t.shape[0] == x.shape[0] and t.shape != () else torch.contiguous_format
-    return g.to(t.dtype).contiguous(memory_format=wanted)
+def _act_gradient(dy: Tensor, z: Tensor, act: str, backend: str) -> Tensor:
+    """dy · act'(z), by a norm that changes nothing: PyTorch's own rounds as threads happen to cut the work."""
+    zero = z.new_zeros(z.shape[1], dtype=wide(z.dtype))
+
+    def same(z: Tensor) -> Tensor:
+        return batch_norm_act(z, zero, zero + 1, eps=0.0, act=act, backend=backend)
+
+    return vjp(same, (z,), (dy,))[0]
+
+
+def _apart(dy: Tensor, gradients: list[Tensor]) -> list[Tensor]:
+    """The gradients, copied where they share memory with dy or with one another: an op's outputs must not."""
+    taken, out = {dy.untyped_storage().data_ptr()}, []
+    for g in gradients:
+        at = g.untyped_storage().data_ptr()
+        out.append(g.clone() if at in taken else g)
+        taken.add(at)
+    return out
 
 
 def _backward_fake(dy: Tensor, *args: Any) -> list[Tensor]:

@@ -21,7 +21,8 @@ from fastgen import backends
 from fastgen.ops import convolution
 from fastgen.ops.activations import ACTIVATIONS, check_act
 from fastgen.ops.batch_norm_act import batch_norm_act, batch_norm_act_reference
-from fastgen.ops.conv2d import Pair, _four, _pair, conv2d, conv2d_reference
+from fastgen.ops.conv2d import conv2d, conv2d_reference
+from fastgen.ops.conv2d_arguments import Pair, four, pair
 from fastgen.ops.convolution import Geometry
 from fastgen.ops.registration import FusedOp, layout, wide
 
@@ -43,7 +44,7 @@ def conv2d_norm_act(
     Differentiable in x, weight, bias, norm_weight, norm_bias and residual, twice too. Raises ValueError
     that names the argument at fault.
     """
-    geometry = Geometry(_pair(stride), _four(padding))
+    geometry = Geometry(pair(stride), four(padding))
     norm = (running_mean, running_var, norm_weight, norm_bias)
     _check(x, weight, bias, geometry, norm, training, act, residual)
     if training or _recorded(x, weight, bias, *norm, residual):
@@ -65,14 +66,14 @@ def conv_transpose2d_norm_act(
     weight: [C, K, kh, kw], as F.conv_transpose2d has it; stride, padding, output_padding: an int or a
     pair (height, width). The rest as in `conv2d_norm_act`.
     """
-    geometry = Geometry(_pair(stride), _four(padding), transposed=True, output_padding=_pair(output_padding))
+    geometry = Geometry(pair(stride), four(padding), transposed=True, output_padding=pair(output_padding))
     norm = (running_mean, running_var, norm_weight, norm_bias)
     _check(x, weight, bias, geometry, norm, training, act, residual)
     if training or _recorded(x, weight, bias, *norm, residual):
         h = _transposed(x, weight, bias, geometry)
         return batch_norm_act(h, *norm, training, momentum, eps, act, residual, backend)
     folded, where = _fold(x, bias, norm, eps), (stride, padding, output_padding)
-    return _CONV_TRANSPOSE(x, weight, *folded, *(list(_pair(w)) for w in where), residual, act, backend)
+    return _CONV_TRANSPOSE(x, weight, *folded, *(list(pair(w)) for w in where), residual, act, backend)
 
 
 def conv2d_norm_act_reference(
@@ -94,7 +95,7 @@ def conv_transpose2d_norm_act_reference(
     momentum: float | None = 0.1, eps: float = 1e-5, act: str = "relu", residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The equation in plain PyTorch, in at least fp32. Same arguments as `conv_transpose2d_norm_act`."""
-    geometry = Geometry(_pair(stride), _four(padding), transposed=True, output_padding=_pair(output_padding))
+    geometry = Geometry(pair(stride), four(padding), transposed=True, output_padding=pair(output_padding))
     h = _transposed(x.to(wide(x.dtype)), weight, bias, geometry)
     norm = (running_mean, running_var, norm_weight, norm_bias)
     return batch_norm_act_reference(h, *norm, training, momentum, eps, act, residual).to(x.dtype)
@@ -176,7 +177,7 @@ def _conv(x: Tensor, weight: Tensor, gain: Tensor, offset: Tensor, stride: Any, 
 def _conv_transpose(x: Tensor, weight: Tensor, gain: Tensor, offset: Tensor, stride: Any, padding: Any,
                     output_padding: Any, residual: Any, act: str, backend: Any) -> Tensor:  # fmt: skip
     backend = backends.resolve("conv_transpose2d_norm_act", x.device, backend)
-    geometry = Geometry(tuple(stride), _four(padding), transposed=True, output_padding=tuple(output_padding))
+    geometry = Geometry(tuple(stride), four(padding), transposed=True, output_padding=tuple(output_padding))
     subpixels = geometry.subpixels(weight)
     size = geometry.output(*x.shape[2:], *weight.shape[2:])
     if backend != "reference" and x.numel() and subpixels and (residual is None or 4 * weight.shape[1] > NARROW):
@@ -206,7 +207,7 @@ def _conv_transpose_fake(
     x: Any, weight: Any, gain: Any, offset: Any, stride: Any, padding: Any, output_padding: Any, *_: Any
 ) -> Tensor:
     given = {"transposed": True, "output_padding": tuple(output_padding)}
-    return _fake(x, weight, Geometry(tuple(stride), _four(padding), **given))
+    return _fake(x, weight, Geometry(tuple(stride), four(padding), **given))
 
 
 _CONV = FusedOp(

@@ -122,12 +122,13 @@ def run(
     x: Tensor, weight: Tensor, geometry: Geometry, way: int, size: tuple[int, int], *, skip: Tensor | None = None,
     prologue: Prologue | None = None, gain: Tensor | None = None, bias: Tensor | None = None,
     residual: Tensor | None = None, act: str = "none", kept: bool = False,
-) -> Tensor:  # fmt: skip
+) -> Tensor | None:  # fmt: skip
     """act(conv(prologue([x, skip])) · gain + bias + residual), [N, K, *size], channels last.
 
     ``way`` tells how weight is read; ``kept``: transformed weights come from the cache. Where a sum is not finite,
     tiles have spread it to their neighbours: then all is computed again by the sums themselves, so that NaN and
-    infinity stand where PyTorch's convolution has them.
+    infinity stand where PyTorch's convolution has them. The weights of an upsampling are sums already, of which
+    infinity times one is not the sum of its products: then None, and PyTorch's is to be used.
     """
     x, skip, residual = (None if t is None else t.contiguous(memory_format=CHANNELS_LAST) for t in (x, skip, residual))
     subpixels = way == SUBPIXELS
@@ -154,8 +155,11 @@ def run(
             algorithm, y,
         )  # fmt: skip
 
-    if not launch(algorithm) and algorithm != DIRECT:
-        launch(DIRECT)
+    if not launch(algorithm):
+        if grown:
+            return None
+        if algorithm != DIRECT:
+            launch(DIRECT)
     return y
 
 
@@ -201,10 +205,12 @@ def forward(
     if geometry.ours(weight):
         way = SUBPIXELS if geometry.subpixels(weight) else FORWARD
         size = geometry.output(*x.shape[2:], *weight.shape[2:])
-        return run(
+        y = run(
             x, weight, geometry, way, size, skip=skip, prologue=prologue, bias=bias, residual=residual, act=act,
             kept=kept,
         )  # fmt: skip
+        if y is not None:
+            return y
     h, padding = _padded(_normalised(x, skip, prologue, num_groups, eps), geometry)
     y = F.conv2d(h, weight.to(x.dtype), None, geometry.stride, padding, geometry.dilation, geometry.groups)
     y = y if bias is None else y + bias.to(x.dtype).reshape(-1, weight.shape[0], 1, 1)

@@ -49,6 +49,8 @@ class FusedOp:
             torch.library.register_autograd(f"fastgen::{self.name}", backward, setup_context=setup_context, lib=LIB)
         self.op = getattr(torch.ops.fastgen, self.name).default
         self._register_autocast(autocast or (lambda *args: args))
+        if schema.endswith("-> Tensor[]"):  # autograd.Function tracks the tensors of a tuple, but not those of a list
+            forward, backward = _in_tuple(forward), _from_list(backward)
         self.function = None if backward is None else _autograd_function(self.name, forward, setup_context, backward)
 
     def _register_autocast(self, rule: Callable[..., Sequence[Any]]) -> None:
@@ -94,6 +96,14 @@ def _any_requires_grad(args: Sequence[Any]) -> bool:
     return any(isinstance(a, Tensor) and a.requires_grad for a in args)
 
 
+def _in_tuple(forward: Callable) -> Callable:
+    return lambda *args: tuple(forward(*args))
+
+
+def _from_list(backward: Callable | None) -> Callable | None:
+    return backward and (lambda ctx, *grads: backward(ctx, list(grads)))
+
+
 def _autograd_function(name: str, forward: Callable, setup_context: Callable, backward: Callable) -> type:
     def setup(ctx: Any, inputs: tuple, output: Any) -> None:
         ctx.set_materialize_grads(False)
@@ -101,11 +111,14 @@ def _autograd_function(name: str, forward: Callable, setup_context: Callable, ba
 
     def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
         """One call an element, as the dispatcher does for an op without a batching rule."""
-        rows = (
-            [a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)]
-            for i in range(info.batch_size)
-        )
-        outputs = [function.apply(*row) for row in rows]
+
+        def row(a: Any, d: Any, i: int) -> Any:
+            if isinstance(d, (list, tuple)):  # a list of numbers has a list of dimensions, all None
+                return a
+            return a if d is None else a.select(d, i)
+
+        rows = ([row(a, d, i) for a, d in zip(args, in_dims, strict=True)] for i in range(info.batch_size))
+        outputs = [function.apply(*each) for each in rows]
         if isinstance(outputs[0], Tensor):
             return torch.stack(outputs), 0
         return tuple(torch.stack(column) for column in zip(*outputs, strict=True)), (0,) * len(outputs[0])
