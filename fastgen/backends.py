@@ -56,9 +56,6 @@ AUTO: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 
-# An op that runs on the kernel of another.
-_KERNEL_OF = {"norm_act_conv2d": "conv2d"}
-
 _choice: contextvars.ContextVar[tuple[str, ...] | None] = contextvars.ContextVar("fastgen_backend", default=None)
 
 
@@ -179,7 +176,7 @@ def _why_not(op: str, backend: str, device: str, interpreted: bool) -> str | Non
         reason = library_error(wanted)
         if reason is not None:
             return reason
-        found = _native(backend, _KERNEL_OF.get(op, op))
+        found = _native(backend, op)
         return None if found is not None else "this op has no such kernel yet"
     if importlib.util.find_spec(f"fastgen.kernels.{STEMS[op]}") is None:
         return "this op has no such kernel yet"

@@ -172,8 +172,10 @@ def test_one_stem_everywhere(stem: str) -> None:
     until then auto takes the vendor's on a GPU."""
     own = [op for op, s in backends.STEMS.items() if s == stem]
     assert (PACKAGE / "ops" / f"{stem}.py").is_file()
-    triton, cpp = KERNELS / f"{stem}.py", CSRC / "cpu" / f"{stem}.cpp"
-    assert cpp.is_file(), f"no {name(cpp)}"
+    triton = KERNELS / f"{stem}.py"
+    for op in own:
+        cpp = CSRC / "cpu" / f"{backends.STEMS[backends.LAUNCHERS.get(op, op)]}.cpp"
+        assert cpp.is_file(), f"no {name(cpp)}"
     if not triton.is_file():
         assert all(backends.AUTO["cuda"].get(op) == ("reference",) for op in own)
     assert (ROOT / "tests" / "ops" / f"test_{stem}.py").is_file(), f"no tests/ops/test_{stem}.py"

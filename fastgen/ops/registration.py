@@ -145,8 +145,14 @@ def vjp(
     for key in _AUTOGRAD_KEYS:
         exclude = exclude.remove(key)
     with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), exclude), torch.enable_grad():
+        # An alias of each input: where one is a function of another (dy of x, in a penalty), the gradient of the
+        # latter must not pass through the former.
         leaves = [
-            x if x is None or not x.is_floating_point() or (again and x.requires_grad) else x.detach().requires_grad_()
+            x
+            if x is None or not x.is_floating_point()
+            else x.view_as(x)
+            if again and x.requires_grad
+            else x.detach().requires_grad_()
             for x in inputs
         ]
         outputs = fn(*leaves)

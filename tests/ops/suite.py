@@ -710,6 +710,20 @@ class OpSuite:
         with threads(1):  # a thousand tiny calls: a second thread only waits
             assert check(fn, [inputs[n] for n in wanted], fast_mode=fast)
 
+    def test_penalty(self, place, few):
+        """As in a gradient penalty: the outer gradient is itself a function of the inputs."""
+        if not self.second_derivatives:
+            pytest.skip("not promised")
+        inputs = few.inputs(torch.float64, place.device)
+        wanted = names(few, inputs)
+
+        def fn(*values: Tensor) -> Tensor:
+            outputs = call(self.op, inputs | dict(zip(wanted, values, strict=True)), place.backend)
+            return torch.stack([y.square().sum() for y in outputs if y.requires_grad])
+
+        with threads(1):
+            assert torch.autograd.gradgradcheck(fn, [inputs[n] for n in wanted], fast_mode=True)
+
     def test_expanded_gradient(self, place, few):
         """The gradient of a sum is one number with strides of zero."""
         if not self.has_gradient():
