@@ -86,7 +86,7 @@ def _resolve(q: Tensor, k: Tensor, backend: str | None) -> str:
     """Measured under AVX2, the C++ kernel is faster than PyTorch in fp16 and bf16 (several times in training), and in
     fp32 up to D = 64 as long as a head's keys stay in the cache. Beyond, both wait for the same matrix products, and
     PyTorch's are by a few percent the better; in fp64 the kernel's exponential is slow."""
-    small = q.shape[3] <= 64 and k.shape[2] * k.shape[3] <= 2**17
+    small = q.shape[3] <= 64 and k.shape[2] * k.shape[3] <= 2**15
     wins = q.dtype in (torch.float16, torch.bfloat16) or (q.dtype == torch.float32 and small)
     return backends.resolve("attention", q.device, backend, wins)
 

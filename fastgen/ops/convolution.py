@@ -80,19 +80,19 @@ class Prologue(NamedTuple):
 
 
 @functools.cache
-def choose(n: int, c: int, k: int, h: int, w: int, taps: int, stride: int, kept: bool) -> int:
+def choose(n: int, c: int, k: int, h: int, w: int, taps: int, passes: int = 1) -> int:
     """The algorithm for an output [n, k, h, w] of ``taps`` × ``taps`` kernels: the least of estimated times.
 
-    Large tiles save arithmetic, but their transformed weights (36 numbers for 9) must be read, and made where they
-    are not ``kept``; a map smaller than a tile wastes some of it.
+    Large tiles save arithmetic, but their transformed weights (36 numbers for 9) must be read, ``passes`` times; a map
+    smaller than a tile wastes some of it. Whether gradients are recorded plays no part: the bits are the same.
     """
-    candidates = [DIRECT] if stride != 1 else {3: [DIRECT, F23, F43], 2: [DIRECT, F32]}.get(taps, [DIRECT])
+    candidates = {3: [DIRECT, F23, F43], 2: [DIRECT, F32]}.get(taps, [DIRECT])
 
     def seconds(algorithm: int) -> float:
         m, numbers = _OUTPUTS[algorithm], _NUMBERS.get(algorithm, 1)
         depth = c * (taps * taps if algorithm == DIRECT else 1)
         tiles = n * -(-h // m) * -(-w // m)
-        reading = 4 * numbers * depth * k / WEIGHT_BYTES * (1 if kept else 3)
+        reading = 4 * numbers * depth * k / WEIGHT_BYTES * passes
         passing = 0 if algorithm == DIRECT else 8 * tiles * numbers * (c + k) / TILE_BYTES
         return max(2 * tiles * numbers * depth * k / FLOPS, reading) + passing
 
@@ -139,9 +139,9 @@ def run(
     kh, kw = (2, 2) if subpixels else weight.shape[2:]
     gh, gw = (x.shape[2] + 1, x.shape[3] + 1) if subpixels else size
     left, _, top, _ = (1, 1, 1, 1) if subpixels else geometry.padding
-    square = kh == kw and geometry.stride[0] == geometry.stride[1] and geometry.dilation == (1, 1)
     stride = (1, 1) if subpixels else geometry.stride
-    algorithm = choose(x.shape[0], c, 4 * k if subpixels else k, gh, gw, kh, stride[0], kept) if square else DIRECT
+    square = kh == kw and stride == (1, 1) and geometry.dilation == (1, 1)
+    algorithm = choose(x.shape[0], c, 4 * k if subpixels else k, gh, gw, kh) if square else DIRECT
     y = torch.empty((x.shape[0], k, *size), dtype=x.dtype, memory_format=CHANNELS_LAST)
     dtype = wide(x.dtype)
     norm = (None,) * 6 if prologue is None else tuple(_parameter(p, dtype) for p in prologue[:6])
@@ -202,8 +202,8 @@ def forward(
     act: str, prologue: Prologue | None, num_groups: int, eps: float, kept: bool = False,
 ) -> Tensor:  # fmt: skip
     """act(conv(prologue([x, skip])) + bias + residual), [N, K, H', W'], by our kernels where they compute it."""
+    way = SUBPIXELS if geometry.subpixels(weight) else FORWARD
     if geometry.ours(weight):
-        way = SUBPIXELS if geometry.subpixels(weight) else FORWARD
         size = geometry.output(*x.shape[2:], *weight.shape[2:])
         y = run(
             x, weight, geometry, way, size, skip=skip, prologue=prologue, bias=bias, residual=residual, act=act,
@@ -253,7 +253,7 @@ def weight_gradient(
     n, k, h, w = dy.shape
     if not same or min(left, top) < 0 or weight.dtype not in (torch.float32, torch.float64):
         return None
-    algorithm = choose(n, weight.shape[1], k, h, w, 3, 1, False)
+    algorithm = choose(n, weight.shape[1], k, h, w, 3, 3)
     if algorithm == DIRECT:
         return None
     x, skip, dy = (None if t is None else t.contiguous(memory_format=CHANNELS_LAST) for t in (x, skip, dy))
