@@ -77,10 +77,11 @@ def max_error(actual: Tensor, reference: Tensor) -> float:
 def frobenius_error(actual: Tensor, reference: Tensor) -> float:
     """|actual - reference| / |reference| in the Frobenius norm, in fp64; inf where `max_error` is. For Winograd's
     algorithm, whose rounding errors do not belong to single elements: at most max(1e-5, 2 × eager's) in fp32."""
-    if math.isinf(max_error(actual, reference)):
-        return math.inf
+    worst = max_error(actual, reference)
+    if worst in (0.0, math.inf):
+        return worst
     a, r = actual.double().nan_to_num(0.0), reference.double().nan_to_num(0.0)
-    return ((a - r).norm() / r.norm().clamp_min(1e-300)).item() if r.numel() else 0.0
+    return ((a - r).norm() / r.norm().clamp_min(1e-300)).item()
 
 
 def _normal(generator: torch.Generator, *shape: int) -> Tensor:

@@ -237,7 +237,7 @@ def data_gradient(dy: Tensor, weight: Tensor, geometry: Geometry, size: tuple[in
     """The gradient of the (normalised) input, [N, C, *size], channels last; None where PyTorch's is to be used."""
     kh, kw = weight.shape[2:]
     left, _, top, _ = geometry.padding
-    plain = geometry.stride == (1, 1) and geometry.upsample == 1 and not geometry.transposed
+    plain = geometry.stride == (1, 1) and geometry.upsample == 1
     if not plain or geometry.groups != 1 or geometry.dilation != (1, 1) or not (0 <= top < kh and 0 <= left < kw):
         return None
     back = Geometry(padding=(kw - 1 - left,) * 2 + (kh - 1 - top,) * 2)
@@ -283,7 +283,6 @@ def gradients(
 
 def _vendor(h: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     if geometry.subpixels(weight):  # a quarter of the arithmetic of a convolution of the upsampled map
-        kernel = weight if geometry.transposed else grow(weight)
-        return F.conv_transpose2d(h, kernel.to(h.dtype), None, 2, 1)
+        return F.conv_transpose2d(h, grow(weight).to(h.dtype), None, 2, 1)
     h, padding = _padded(h, geometry)
     return F.conv2d(h, weight.to(h.dtype), None, geometry.stride, padding, geometry.dilation, geometry.groups)

@@ -10,7 +10,6 @@ Inputs come from `fastgen.testing.CASES`; backends from this machine: one that c
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastgen import backends, ops, testing
 from fastgen.ops.conv2d_arguments import arguments
 from fastgen.ops.diffusion_step import KEEP
-from fastgen.testing import Inputs, OpCase, max_error, tolerance
+from fastgen.testing import Inputs, OpCase, frobenius_error, max_error, tolerance
 
 # The ops with kernels in C++ and in Triton, and a table of cases; and those with kernels in C++.
 NATIVE = ("philox_normal", "reparameterize", "q_sample", "diffusion_step", "group_norm_act", "to_uint8")
@@ -215,11 +214,7 @@ def regrouped(op: str, dtype: torch.dtype) -> bool:
 
 def distance(op: str, actual: Tensor, reference: Tensor, dtype: torch.dtype) -> float:
     """What `bound` bounds: the largest error, or that of all elements together in relation to the reference."""
-    worst = max_error(actual, reference)
-    if not regrouped(op, dtype) or worst in (0.0, math.inf):
-        return worst
-    norm = reference.double().norm().item()
-    return (actual.double() - reference.double()).norm().item() / (norm or 1.0)
+    return (frobenius_error if regrouped(op, dtype) else max_error)(actual, reference)
 
 
 def bound(op: str, reference: Tensor, eager_error: float, dtype: torch.dtype) -> float:

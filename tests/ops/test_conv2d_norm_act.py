@@ -9,18 +9,13 @@ from torch import nn
 
 from fastgen import ops, testing
 from fastgen.ops import conv2d_norm_act, conv_transpose2d_norm_act
-from fastgen.testing import EAGER, OpCase
+from fastgen.testing import EAGER, OpCase, frobenius_error
 
 OPS = ("conv2d_norm_act", "conv_transpose2d_norm_act")
 CASES = [case for op in OPS for case in testing.cases(op)]
 PLACES = places("conv2d_norm_act")
 CPP = Place("cpp", "cpu")
 STATISTICS = ("running_mean", "running_var")
-
-
-def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Relative, in the Frobenius norm: the rule for Winograd's algorithm."""
-    return ((actual.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)).item()
 
 
 def both(case: OpCase, place: Place, dtype: torch.dtype, channels_last: bool, recorded: bool) -> list[tuple]:
@@ -58,8 +53,8 @@ def test_parity(case, place, recorded):
                     # The batch's mean takes the bias away again: its gradient is 0, and all there is, is rounding.
                     assert ours.abs().max() <= 1e-4
                     continue
-                allowed = max(floor, 2 * distance(eager, reference))
-                assert allowed < 0.1 and distance(ours, reference) <= allowed, (name, dtype, channels_last)
+                allowed = max(floor, 2 * frobenius_error(eager, reference))
+                assert allowed < 0.1 and frobenius_error(ours, reference) <= allowed, (name, dtype, channels_last)
                 if name == "output" and case.inputs()["x"].shape[2] > 1:  # one pixel is in both layouts
                     wanted = torch.channels_last if channels_last else torch.contiguous_format
                     assert ours.is_contiguous(memory_format=wanted) and ours.dtype == dtype
