@@ -131,6 +131,11 @@ def resolve(op: str, device: torch.device, backend: str | None = None, wins: boo
     return _auto(op, device.type) if wins else "reference"
 
 
+def left_to_pytorch(op: str, x: torch.Tensor, backend: str | None) -> bool:
+    """Whether nobody names a backend for ``op`` on x, so that PyTorch's may be taken where it is the faster one."""
+    return resolve(op, x.device, backend, False) == "reference" != resolve(op, x.device, backend)
+
+
 def _pick(op: str, device: str, backends: tuple[str, ...], source: str) -> str:
     reasons = []
     for name in backends:

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "../common/activations.h"
+#include "activations.h"
 #include "common.h"
 
 namespace fastgen {
@@ -39,22 +40,6 @@ FASTGEN_BODY W param(const W* p, int64_t column) {
 
 // These are no more than a comparison: their loops need no buffer.
 FASTGEN_BODY bool is_linear(int code) { return code == kNone || code == kRelu || code == kLeakyRelu; }
-
-template <int kAct, bool kGrad, typename W>
-FASTGEN_BODY void act_loop(W* z, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) z[i] = kGrad ? act_grad<kAct>(z[i]) : act<kAct>(z[i]);
-}
-// z becomes act(z) or act'(z), for the activations that are not piecewise linear.
-template <bool kGrad, typename W>
-FASTGEN_BODY void activate(int code, W* z, int64_t n) {
-  switch (code) {
-    case kSilu: return act_loop<kSilu, kGrad>(z, n);
-    case kGelu: return act_loop<kGelu, kGrad>(z, n);
-    case kGeluTanh: return act_loop<kGeluTanh, kGrad>(z, n);
-    case kTanh: return act_loop<kTanh, kGrad>(z, n);
-    default: return act_loop<kSigmoid, kGrad>(z, n);
-  }
-}
 
 // Calls f(first row, rows) for parts of a tile, after each of which partial sums are to be put aside: a chain of fp32
 // additions is never long. A contiguous tile has lanes enough to keep them short.
@@ -163,7 +148,7 @@ FASTGEN_BODY void apply_body(const T* __restrict x, const T* __restrict residual
     for (int64_t c = 0; c < cols; c += kBuffer) {
       const int64_t n = std::min(kBuffer, cols - c), at = r * ld + c;
       z_row<kColumns>(x, residual, at, c, n, p, z);
-      activate<false>(code, z, n);
+      activate(code, z, n);
       for (int64_t i = 0; i < n; ++i) y[at + i] = static_cast<T>(z[i]);
     }
 }
@@ -185,7 +170,7 @@ FASTGEN_BODY void for_dz(const T* x, const T* residual, const T* dy, int64_t row
         });
       } else {
         z_row<kColumns>(x, residual, at, c, n, p, z);
-        activate<true>(code, z, n);
+        activate_grad(code, z, n);
         for (int64_t i = 0; i < n; ++i) z[i] *= static_cast<W>(dy[at + i]);
         f(c, n, at, [&](int64_t i) __attribute__((always_inline)) { return z[i]; });
       }

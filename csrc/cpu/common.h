@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <optional>
 #include <type_traits>
@@ -55,6 +56,16 @@ struct Rows {
 struct Span {
   int64_t image, first, count, offset, stride;
 };
+
+// Calls f(i) for i < count, in parallel: whichever thread is free takes the next. On a busy machine cores are not
+// equally fast, and one that falls behind must not keep the others waiting.
+template <typename F>
+void take_turns(int64_t count, const F& f) {
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, count, 1, [&](int64_t, int64_t) {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) f(i);
+  });
+}
 
 constexpr int64_t kSpan = 512;
 

@@ -6,7 +6,7 @@
 //   2. for each of the F numbers, v [tiles, C] times the transformed weights [C, K]; depth and order of each sum do
 //      not depend on the stretch, so neither on threads nor batch;
 //   3. the products are transformed back, and bias, residual and activation are applied before they are stored.
-#pragma GCC optimize("fp-contract=fast")
+#pragma GCC optimize("fp-contract=fast", "no-tree-loop-distribute-patterns")
 
 #include "conv2d.h"
 
@@ -17,7 +17,7 @@ namespace {
 
 constexpr int64_t kStretch = 4 << 20;      // bytes of padded input at once, for all threads
 constexpr int64_t kMany = 128;             // tiles from which on threads work each on its own
-constexpr int64_t kTiles = 30;             // tiles that one task computes together
+constexpr int64_t kTiles = 24;             // tiles that one task computes together
 
 // The padded, normalised input that Direct reads: rows [begin, end) of `height` rows for each image, from `image` on,
 // the first at input row `top`. v: [images, height, cols, ld]
@@ -48,8 +48,7 @@ struct Stretch {
 struct Gemm {
   template <Isa kIsa, typename W>
   FASTGEN_BODY void run(int64_t count, const W* const* rows, int64_t base, const Run* runs, int64_t nruns, const W* b,
-                        W* out, const W* ahead, int64_t ahead_count) {
-    for (int64_t i = 0; i < ahead_count; i += 64 / static_cast<int64_t>(sizeof(W))) __builtin_prefetch(ahead + i, 0, 2);
+                        W* out) {
     for (int64_t t = 0; t < count; t += kRows)
       gemm_rows<kIsa>(std::min(kRows, count - t), rows + t, base, runs, nruns, b, out + t * kGroup, kGroup);
   }
@@ -92,7 +91,7 @@ struct Finish {
         }
       }
     }
-    W bad = 0;
+    Vec bad{};
     const W* bias = p.bias == nullptr ? nullptr : p.bias + image * p.bias_stride + k0;
     const int64_t shift_y = p.phases == 1 ? 0 : phase / 2, shift_x = p.phases == 1 ? 0 : phase % 2;
     const int64_t grow = p.phases == 1 ? 1 : 2;
@@ -101,32 +100,55 @@ struct Finish {
         const int64_t gy = u % grid.rows * kOut + i, gx = tile % grid.cols * kOut + j;
         const int64_t y = gy * grow - shift_y, x = gx * grow - shift_x;
         if (gy >= p.gh || gx >= p.gw || y < 0 || x < 0 || y >= p.yh || x >= p.yw) continue;
-        const W* __restrict from = F::kTaps > 0 ? tiles[i * kOut + j] : sums;
-        const int64_t at = ((image * p.yh + y) * p.yw + x) * p.k + k0;
-        alignas(64) W z[kGroup];
-        W wrong = 0;
-#pragma omp simd reduction(+ : wrong)
-        for (int64_t c = 0; c < kn; ++c) {
-          z[c] = from[c];
-          wrong += from[c] - from[c];
-        }
-        bad += wrong;
-        if (p.gain != nullptr)
-          for (int64_t c = 0; c < kn; ++c) z[c] *= p.gain[k0 + c];
-        if (bias != nullptr)
-          for (int64_t c = 0; c < kn; ++c) z[c] += bias[c];
-        if (p.residual != nullptr)
-          for_images<W>(p.dtype, [&](auto zero) __attribute__((always_inline)) {
-            const auto* __restrict more = static_cast<const decltype(zero)*>(p.residual) + at;
-            for (int64_t c = 0; c < kn; ++c) z[c] += static_cast<W>(more[c]);
-          });
-        activate(p.act, z, kn);
-        for_images<W>(p.dtype, [&](auto zero) __attribute__((always_inline)) {
-          auto* __restrict to = static_cast<decltype(zero)*>(p.y) + at;
-          for (int64_t c = 0; c < kn; ++c) to[c] = static_cast<decltype(zero)>(z[c]);
-        });
+        pixel<kIsa>(p, F::kTaps > 0 ? tiles[i * kOut + j] : sums, bias, k0, kn, ((image * p.yh + y) * p.yw + x) * p.k + k0,
+                    bad);
       }
-    return bad;
+    W sum = 0;
+    for (int64_t l = 0; l < S::kLanes; ++l) sum += bad[l];
+    return sum;
+  }
+
+  // Channels [k0, k0 + kn) of one pixel, from their sums: stored at `at`. bad becomes NaN if a sum is not finite.
+  template <Isa kIsa, typename W>
+  FASTGEN_BODY void pixel(const Conv<W>& p, const W* __restrict from, const W* bias, int64_t k0, int64_t kn, int64_t at,
+                          typename Simd<kIsa, W>::Vec& bad) {
+    using S = Simd<kIsa, W>;
+    const W* gain = p.gain == nullptr ? nullptr : p.gain + k0;
+    if (p.dtype == dtype_of<W> && kn % S::kLanes == 0) {
+      W* to = static_cast<W*>(p.y) + at;
+      const W* more = p.residual == nullptr ? nullptr : static_cast<const W*>(p.residual) + at;
+      for (int64_t e = 0; e < kn; e += S::kLanes) {
+        typename S::Vec z = S::load(from + e);
+        bad += z - z;
+        if (gain != nullptr) z *= S::load(gain + e);
+        if (bias != nullptr) z += S::load(bias + e);
+        if (more != nullptr) z += S::load(more + e);
+        S::store(to + e, z);
+      }
+      return activate(p.act, to, kn);
+    }
+    alignas(64) W z[kGroup];
+    W wrong = 0;
+#pragma omp simd reduction(+ : wrong)
+    for (int64_t c = 0; c < kn; ++c) {
+      z[c] = from[c];
+      wrong += from[c] - from[c];
+    }
+    bad[0] += wrong;
+    if (gain != nullptr)
+      for (int64_t c = 0; c < kn; ++c) z[c] *= gain[c];
+    if (bias != nullptr)
+      for (int64_t c = 0; c < kn; ++c) z[c] += bias[c];
+    for_images<W>(p.dtype, [&](auto zero) __attribute__((always_inline)) {
+      using T = decltype(zero);
+      if (p.residual != nullptr) {
+        const T* __restrict more = static_cast<const T*>(p.residual) + at;
+        for (int64_t c = 0; c < kn; ++c) z[c] += static_cast<W>(more[c]);
+      }
+      activate(p.act, z, kn);
+      T* __restrict to = static_cast<T*>(p.y) + at;
+      for (int64_t c = 0; c < kn; ++c) to[c] = static_cast<T>(z[c]);
+    });
   }
 };
 
@@ -146,7 +168,7 @@ bool multiply_piece(const Conv<W>& p, const Stretch<W>& s, int64_t phase, int64_
   constexpr int64_t kApart = kTiles * kGroup + kSkew;
   const Grid<F> grid(p);
   const int64_t panel = 2 * lanes<W>(), panels = (p.k + panel - 1) / panel;
-  const int64_t here = std::min(kGroup / panel, panels - first), share = (t1 - t0) * s.ld / here;
+  const int64_t here = std::min(kGroup / panel, panels - first);
   W* sums = static_cast<W*>(scratch<1>(kNumbers<F> * kApart * sizeof(W)));
   const W* rows[kTiles];
   for (int64_t t = t0; t < t1; ++t) rows[t - t0] = row_of(p, s, grid, t);
@@ -154,13 +176,12 @@ bool multiply_piece(const Conv<W>& p, const Stretch<W>& s, int64_t phase, int64_
   for (int64_t f = 0; f < kNumbers<F>; ++f)
     for (int64_t i = 0; i < here; ++i, b += s.depth * panel)
       multiversion<Gemm>(t1 - t0, static_cast<const W* const*>(rows), f * s.stride, s.runs, s.nruns, b,
-                         sums + f * kApart + i * panel, rows[0] + (f + 1) * s.stride + share * i,
-                         f + 1 < kNumbers<F> ? share : 0);
+                         sums + f * kApart + i * panel);
   return multiversion<Finish>(F{}, &p, s.first, t0, t1, phase, first * panel, static_cast<const W*>(sums), kApart) ==
          W(0);
 }
 
-// Tasks [begin, end) of a stretch, one for each phase, group of output channels and piece of the stretch.
+// The tasks of a stretch, one for each phase, group of output channels and piece of the stretch.
 template <typename F, typename W>
 struct Tasks {
   const Conv<W>& p;
@@ -169,14 +190,10 @@ struct Tasks {
   int64_t blocks = (s.tiles + kRows - 1) / kRows, pieces = (s.tiles + kTiles - 1) / kTiles;
 
   int64_t count() const { return p.phases * groups * pieces; }
-  bool run(int64_t begin, int64_t end) const {
-    bool finite = true;
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t phase = task / pieces / groups, group = task / pieces % groups, piece = task % pieces;
-      const int64_t t0 = blocks * piece / pieces * kRows, t1 = blocks * (piece + 1) / pieces * kRows;
-      finite &= multiply_piece<F>(p, s, phase, group * in_group, t0, std::min(t1, s.tiles));
-    }
-    return finite;
+  bool run(int64_t task) const {
+    const int64_t phase = task / pieces / groups, group = task / pieces % groups, piece = task % pieces;
+    const int64_t t0 = blocks * piece / pieces * kRows, t1 = blocks * (piece + 1) / pieces * kRows;
+    return multiply_piece<F>(p, s, phase, group * in_group, t0, std::min(t1, s.tiles));
   }
 };
 
@@ -184,8 +201,8 @@ template <typename F, typename W>
 bool multiply(const Conv<W>& p, const Stretch<W>& s) {
   const Tasks<F, W> tasks{p, s};
   std::atomic<bool> finite{true};
-  torch::stable::parallel_for(0, tasks.count(), 1, [&](int64_t begin, int64_t end) {
-    if (!tasks.run(begin, end)) finite = false;
+  take_turns(tasks.count(), [&](int64_t task) {
+    if (!tasks.run(task)) finite = false;
   });
   return finite;
 }
@@ -208,17 +225,18 @@ bool winograd(const Conv<W>& p) {
     transform<F>(p, const_cast<W*>(s.v), s.stride, ld, 0, rows);
     return multiply<F>(p, s);
   }
+  // As many stretches for every thread, none larger than kTiles unless a single row is.
   const int64_t bytes = transform_bytes<F>(p), most = std::max<int64_t>(1, kTiles / grid.cols);
+  const int64_t count = std::min(rows, round_up((rows + most - 1) / most, torch::stable::get_num_threads()));
   std::atomic<bool> finite{true};
-  torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+  take_turns(count, [&](int64_t i) {
+    const int64_t first = rows * i / count;
+    const Stretch<W> s = stretch(first, rows * (i + 1) / count - first);
     W* strip = static_cast<W*>(scratch<2>(bytes));
-    for (int64_t first = begin; first < end; first += most) {
-      const Stretch<W> s = stretch(first, std::min(most, end - first));
-      multiversion<Transform>(F{}, &p, const_cast<W*>(s.v), s.stride, ld, first, first, first + s.tiles / grid.cols,
-                              transform_width<F>(p), strip);
-      const Tasks<F, W> tasks{p, s};
-      if (!tasks.run(0, tasks.count())) finite = false;
-    }
+    multiversion<Transform>(F{}, &p, const_cast<W*>(s.v), s.stride, ld, first, first, rows * (i + 1) / count, strip);
+    const Tasks<F, W> tasks{p, s};
+    for (int64_t task = 0; task < tasks.count(); ++task)
+      if (!tasks.run(task)) finite = false;
   });
   return finite;
 }

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "../common/activations.h"
+#include "activations.h"
 #include "gemm.h"
 #include "winograd.h"
 
@@ -78,25 +79,6 @@ void* scratch(int64_t bytes) {
   return memory.get();
 }
 
-template <int kAct, typename W>
-FASTGEN_BODY void activate_loop(W* __restrict z, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) z[i] = act<kAct>(z[i]);
-}
-// z = act(z). z: [n]
-template <typename W>
-FASTGEN_BODY void activate(int code, W* z, int64_t n) {
-  switch (code) {
-    case kRelu: return activate_loop<kRelu>(z, n);
-    case kLeakyRelu: return activate_loop<kLeakyRelu>(z, n);
-    case kSilu: return activate_loop<kSilu>(z, n);
-    case kGelu: return activate_loop<kGelu>(z, n);
-    case kGeluTanh: return activate_loop<kGeluTanh>(z, n);
-    case kTanh: return activate_loop<kTanh>(z, n);
-    case kSigmoid: return activate_loop<kSigmoid>(z, n);
-    default: return;
-  }
-}
-
 // A block of channels of one of the sources: `count` channels from `local` on, which are channels `first` of all.
 struct Block {
   const void* source;
@@ -117,6 +99,42 @@ FASTGEN_BODY void for_images(ScalarType dtype, const F& f) {
 
 constexpr int64_t kColumnsAhead = 6;
 
+// Channels that the input transform works on at once: those of a cache line, so that all that it touches stays in L1.
+template <typename W>
+constexpr int64_t kWide = 64 / static_cast<int64_t>(sizeof(W));
+
+// Calls f(n), with n known to the compiler where it is kWide.
+template <typename W, typename F>
+FASTGEN_BODY void for_width(int64_t n, const F& f) {
+  if (n == kWide<W>) return f(std::integral_constant<int64_t, kWide<W>>{});
+  f(n);
+}
+
+// Columns [lo, hi) of a row of kWide channels. from: [., block.channels]; z: [., stride]
+template <Isa kIsa, typename W>
+FASTGEN_BODY void normalise(const Conv<W>& p, const W* from, const Block& block, int64_t at, int64_t lo, int64_t hi,
+                            W* z, int64_t stride) {
+  using S = Simd<kIsa, W>;
+  constexpr int kVectors = kWide<W> / S::kLanes;
+  typename S::Vec m[kVectors], a[kVectors], b[kVectors];
+  for (int v = 0; v < kVectors && p.mean != nullptr; ++v) {
+    m[v] = S::load(p.mean + at + v * S::kLanes);
+    a[v] = S::load(p.a + at + v * S::kLanes);
+    b[v] = S::load(p.b + at + v * S::kLanes);
+  }
+  const int64_t ahead = p.w * block.channels;  // a row
+  for (int64_t col = lo; col < hi; ++col) {
+    const W* x = from + col * block.channels;
+    W* to = z + col * stride;
+    __builtin_prefetch(x + ahead);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      const typename S::Vec given = S::load(x + v * S::kLanes);
+      S::store(to + v * S::kLanes, p.mean == nullptr ? given : (given - m[v]) * a[v] + b[v]);
+    }
+  }
+}
+
 // Columns 0 ... cols of row y of an image's normalised input, zero outside the image. z: [cols, stride], of which
 // the first round_up(count) of each column are written.
 template <Isa kIsa, typename W>
@@ -136,6 +154,8 @@ FASTGEN_BODY void load_row(const Conv<W>& p, const Block& block, int64_t image, 
   for_images<W>(p.dtype, [&](auto zero) __attribute__((always_inline)) {
     using T = decltype(zero);
     const T* line = static_cast<const T*>(block.source) + (image * p.h + y) * p.w * block.channels + block.local;
+    if constexpr (std::is_same_v<T, W>)
+      if (block.count == kWide<W>) return normalise<kIsa>(p, line - p.pl * block.channels, block, at, lo, hi, z, stride);
     for (int64_t col = lo; col < hi; ++col) {
       const T* __restrict from = line + (col - p.pl) * block.channels;
       for (int64_t c = 0; c < block.count; c += 64 / static_cast<int64_t>(sizeof(T)))
@@ -152,7 +172,6 @@ FASTGEN_BODY void load_row(const Conv<W>& p, const Block& block, int64_t image, 
   for (int64_t col = lo; col < hi; ++col) activate(p.in_act, z + col * stride, width);
 }
 
-constexpr int64_t kStrip = 96 << 10;       // bytes of the rows that the input transform works on, in L2
 constexpr int64_t kSkew = 16;              // keeps F equal strides from falling into one set of the cache
 
 enum Algorithm : int64_t { kDirect, kF23, kF43, kF32 };
@@ -190,66 +209,68 @@ FASTGEN_BODY void for_blocks(const Conv<W>& p, int64_t width, int64_t lanes, con
 }
 
 // v of tile rows [begin, end), counted over all images; the stretch begins with tile row `first`.
+// strip: transform_bytes, the kIn rows of input that a row of tiles reads.
 struct Transform {
   template <Isa kIsa, typename F, typename W>
   FASTGEN_BODY void run(F, const Conv<W>* call, W* v, int64_t stride, int64_t ld, int64_t first, int64_t begin,
-                        int64_t end, int64_t width, W* strip) {
+                        int64_t end, W* strip) {
     using S = Simd<kIsa, W>;
     using Vec = typename S::Vec;
     constexpr int kIn = F::kIn, kOut = F::kOut;
     const Conv<W>& p = *call;
     const Grid<F> grid(p);
     const int64_t cols = grid.cols * kOut + kIn - kOut;
-    for_blocks(p, width, S::kLanes, [&](const Block& block, int64_t at) __attribute__((always_inline)) {
-      const int64_t cb = round_up(block.count, S::kLanes), line = cols * cb;
-      W* vertical = strip + kIn * line;
+    alignas(64) W ring[kIn][kIn][kWide<W>];  // the transform of column x in ring[x % kIn]
+    for_blocks(p, kWide<W>, S::kLanes, [&](const Block& block, int64_t at) __attribute__((always_inline)) {
+      const int64_t line = cols * round_up(block.count, S::kLanes);
       int64_t next = -1;  // the tile row whose upper lines are still in the strip
       for (int64_t u = begin; u < end; ++u) {
         const int64_t image = u / grid.rows, top = u % grid.rows * kOut;
         for (int64_t i = u == next && top > 0 ? kIn - kOut : 0; i < kIn; ++i)
-          load_row<kIsa>(p, block, image, top + i - p.pt, cols, strip + (top + i) % kIn * line, cb);
+          load_row<kIsa>(p, block, image, top + i - p.pt, cols, strip + (top + i) % kIn * line, line / cols);
         next = u + 1;
         const W* lines[kIn];
         for (int i = 0; i < kIn; ++i) lines[i] = strip + (top + i) % kIn * line;
-        for (int64_t e = 0; e < line; e += S::kLanes) {
-          Vec d[kIn], t[kIn];
-          for (int i = 0; i < kIn; ++i) d[i] = S::load(lines[i] + e);
-          F::data(d, t);
-          for (int i = 0; i < kIn; ++i) S::store(vertical + i * line + e, t[i]);
-        }
         W* row = v + (u - first) * grid.cols * ld + at;
-        for (int i = 0; i < kIn; ++i)
-          for (int64_t tile = 0; tile < grid.cols; ++tile)
-            for (int64_t e = 0; e < cb; e += S::kLanes) {
-              const W* from = vertical + i * line + tile * kOut * cb + e;
-              Vec d[kIn], t[kIn];
-              for (int j = 0; j < kIn; ++j) d[j] = S::load(from + j * cb);
-              F::data(d, t);
-              for (int j = 0; j < kIn; ++j) S::store(row + (i * kIn + j) * stride + tile * ld + e, t[j]);
+        for_width<W>(line / cols, [&](auto cb) __attribute__((always_inline)) {
+          for (int64_t tile = 0; tile < grid.cols; ++tile) {
+            W(*columns[kIn])[kWide<W>];
+            for (int64_t j = 0, x = tile * kOut; j < kIn; ++j, ++x) {
+              columns[j] = ring[x % kIn];
+              if (tile == 0 || j >= kIn - kOut)
+                for (int64_t e = 0; e < cb; e += S::kLanes) {
+                  Vec d[kIn], t[kIn];
+                  for (int i = 0; i < kIn; ++i) d[i] = S::load(lines[i] + x * cb + e);
+                  F::data(d, t);
+                  for (int i = 0; i < kIn; ++i) S::store(columns[j][i] + e, t[i]);
+                }
             }
+            for (int i = 0; i < kIn; ++i)
+              for (int64_t e = 0; e < cb; e += S::kLanes) {
+                Vec d[kIn], t[kIn];
+                for (int j = 0; j < kIn; ++j) d[j] = S::load(columns[j][i] + e);
+                F::data(d, t);
+                for (int j = 0; j < kIn; ++j) S::store(row + (i * kIn + j) * stride + tile * ld + e, t[j]);
+              }
+          }
+        });
       }
     });
   }
 };
 
-// The channels that the input transform works on at once, and the bytes that it needs for them.
-template <typename F, typename W>
-int64_t transform_width(const Conv<W>& p) {
-  const int64_t cols = Grid<F>(p).cols * F::kOut + F::kIn - F::kOut, bytes = 2 * F::kIn * cols * sizeof(W);
-  return std::min(round_up(std::max(p.c1, p.c2), lanes<W>()), std::max<int64_t>(16, kStrip / bytes / 16 * 16));
-}
 template <typename F, typename W>
 int64_t transform_bytes(const Conv<W>& p) {
-  return 2 * F::kIn * (Grid<F>(p).cols * F::kOut + F::kIn - F::kOut) * transform_width<F>(p) * sizeof(W);
+  return F::kIn * (Grid<F>(p).cols * F::kOut + F::kIn - F::kOut) * kWide<W> * sizeof(W);
 }
 
 // v of `count` tile rows, in parallel.
 template <typename F, typename W>
 void transform(const Conv<W>& p, W* v, int64_t stride, int64_t ld, int64_t first, int64_t count) {
-  const int64_t width = transform_width<F>(p), bytes = transform_bytes<F>(p);
+  const int64_t bytes = transform_bytes<F>(p);
   torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
     W* strip = static_cast<W*>(scratch<2>(bytes));
-    multiversion<Transform>(F{}, &p, v, stride, ld, first, first + begin, first + end, width, strip);
+    multiversion<Transform>(F{}, &p, v, stride, ld, first, first + begin, first + end, strip);
   });
 }
 

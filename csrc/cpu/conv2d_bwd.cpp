@@ -4,7 +4,7 @@
 //
 // where the products are, for each of the F numbers, v^T [C, tiles] times the transformed output gradient
 // [tiles, K]. The data gradient needs nothing here: it is a convolution with the reversed weights.
-#pragma GCC optimize("fp-contract=fast")
+#pragma GCC optimize("fp-contract=fast", "no-tree-loop-distribute-patterns")
 
 #include <atomic>
 
@@ -25,11 +25,11 @@ struct Spread {
     constexpr int kIn = F::kIn, kOut = F::kOut;
     const Conv<W>& p = *call;
     const Grid<F> grid(p);
-    alignas(64) W tile[kOut * kOut][kWide];
+    alignas(64) W tile[kOut * kOut][kSpread];
     for (int64_t t = (begin - first) * grid.cols; t < (end - first) * grid.cols; ++t) {
       const int64_t u = first + t / grid.cols, image = u / grid.rows;
-      for (int64_t k0 = 0; k0 < p.k; k0 += kWide) {
-        const int64_t kn = std::min(kWide, p.k - k0), width = round_up(kn, 2 * S::kLanes);
+      for (int64_t k0 = 0; k0 < p.k; k0 += kSpread) {
+        const int64_t kn = std::min(kSpread, p.k - k0), width = round_up(kn, 2 * S::kLanes);
         for_images<W>(p.dtype, [&](auto zero) __attribute__((always_inline)) {
           using T = decltype(zero);
           for (int i = 0; i < kOut * kOut; ++i) {
@@ -57,7 +57,7 @@ struct Spread {
       }
     }
   }
-  static constexpr int64_t kWide = 64;
+  static constexpr int64_t kSpread = 64;
 };
 
 // Rows [begin, end) of du [F * channels, ld], of which a row is the sum over tiles of v[f, t, c] m[f, t, :].

@@ -9,9 +9,10 @@
 #pragma GCC optimize("fp-contract=fast")
 
 #include <cmath>
+#include <numeric>
 #include <vector>
 
-#include "../common/activations.h"
+#include "activations.h"
 #include "common.h"
 
 namespace fastgen {
@@ -19,6 +20,7 @@ namespace {
 
 constexpr int64_t kBuffer = 1024;     // elements that pass through the activation at once, in L1
 constexpr int64_t kTile = 16 * 1024;  // elements in a tile, in L2
+constexpr int64_t kLanes = 64;        // partial sums of a long row
 constexpr int64_t kRows = 64;         // pixels in a channels-last tile, summed one after the other in fp32
 
 // A tile's parameters: one entry a column (channels last) or a single one (contiguous).
@@ -27,25 +29,18 @@ FASTGEN_BODY W param(const W* p, int64_t column) {
   return p[kColumns ? column : 0];
 }
 
-template <int kAct, typename W>
-FASTGEN_BODY void act_loop(W* z, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) z[i] = act<kAct>(z[i]);
+// The sum of term(i), i < n, in kLanes lanes: short chains of fp32 additions, and several vectors at once.
+template <typename W, typename F>
+FASTGEN_BODY W lane_sum(int64_t n, const F& term) {
+  alignas(64) W lanes[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (int64_t l = 0; l < kLanes; ++l) lanes[l] += term(i + l);
+  for (int64_t l = 0; i + l < n; ++l) lanes[l] += term(i + l);
+  for (int64_t half = kLanes / 2; half > 0; half /= 2)
+    for (int64_t l = 0; l < half; ++l) lanes[l] += lanes[l + half];
+  return lanes[0];
 }
-template <int kAct, typename W>
-FASTGEN_BODY void act_grad_loop(W* z, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) z[i] = act_grad<kAct>(z[i]);
-}
-#define FASTGEN_ACT_SWITCH(code, loop, ...)               \
-  switch (code) {                                         \
-    case kRelu: loop<kRelu>(__VA_ARGS__); break;          \
-    case kLeakyRelu: loop<kLeakyRelu>(__VA_ARGS__); break; \
-    case kSilu: loop<kSilu>(__VA_ARGS__); break;          \
-    case kGelu: loop<kGelu>(__VA_ARGS__); break;          \
-    case kGeluTanh: loop<kGeluTanh>(__VA_ARGS__); break;  \
-    case kTanh: loop<kTanh>(__VA_ARGS__); break;          \
-    case kSigmoid: loop<kSigmoid>(__VA_ARGS__); break;    \
-    default: loop<kNone>(__VA_ARGS__); break;             \
-  }
 
 // Mean and centred sum of squares of each column, or of the whole tile. x: [rows, cols], ld apart
 template <bool kColumns, typename T>
@@ -78,16 +73,13 @@ FASTGEN_BODY void moments_body(const T* __restrict x, int64_t rows, int64_t cols
         m2[c] += d * d;
       }
   } else {
-    W sum = 0, squares = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t c = 0; c < cols; ++c) sum += static_cast<W>(x[c]);
-    const W m = sum / static_cast<W>(cols);
-#pragma omp simd reduction(+ : squares)
-    for (int64_t c = 0; c < cols; ++c) {
+    const W m = lane_sum<W>(cols, [&](int64_t c) __attribute__((always_inline)) { return static_cast<W>(x[c]); }) /
+                static_cast<W>(cols);
+    *mean = m;
+    *m2 = lane_sum<W>(cols, [&](int64_t c) __attribute__((always_inline)) {
       const W d = static_cast<W>(x[c]) - m;
-      squares += d * d;
-    }
-    *mean = m, *m2 = squares;
+      return d * d;
+    });
   }
 }
 
@@ -113,14 +105,19 @@ FASTGEN_BODY void apply_body(const T* __restrict x, int64_t ldx, T* __restrict y
   using W = Wide<T>;
   alignas(64) W z[kBuffer];
   for_blocks(rows, cols, [&](int64_t r0, int64_t nr, int64_t c0, int64_t nc) __attribute__((always_inline)) {
-    for (int64_t r = 0; r < nr; ++r) {
-      const T* source = x + (r0 + r) * ldx + c0;
-      for (int64_t i = 0; i < nc; ++i) {
-        const W d = static_cast<W>(source[i]) - param<kColumns>(p.mean, c0 + i);
-        z[r * nc + i] = d * param<kColumns>(p.a, c0 + i) + param<kColumns>(p.b, c0 + i);
+    const auto normalise = [&](W* __restrict to) __attribute__((always_inline)) {
+      for (int64_t r = 0; r < nr; ++r) {
+        const T* source = x + (r0 + r) * ldx + c0;
+        for (int64_t i = 0; i < nc; ++i) {
+          const W d = static_cast<W>(source[i]) - param<kColumns>(p.mean, c0 + i);
+          to[r * nc + i] = d * param<kColumns>(p.a, c0 + i) + param<kColumns>(p.b, c0 + i);
+        }
       }
-    }
-    FASTGEN_ACT_SWITCH(code, act_loop, z, nr * nc)
+      activate(code, to, nr * nc);
+    };
+    if constexpr (std::is_same_v<T, W>)
+      if (nr == 1 || ldy == nc) return normalise(y + r0 * ldy + c0);
+    normalise(z);
     for (int64_t r = 0; r < nr; ++r) {
       T* target = y + (r0 + r) * ldy + c0;
       for (int64_t i = 0; i < nc; ++i) target[i] = static_cast<T>(z[r * nc + i]);
@@ -140,7 +137,7 @@ FASTGEN_BODY void dz_block(const T* __restrict x, int64_t ldx, const T* __restri
       d[r * nc + i] = centred;
       dz[r * nc + i] = centred * param<kColumns>(p.a, c0 + i) + param<kColumns>(p.b, c0 + i);
     }
-  FASTGEN_ACT_SWITCH(code, act_grad_loop, dz, nr * nc)
+  activate_grad(code, dz, nr * nc);
   for (int64_t r = 0; r < nr; ++r)
     for (int64_t i = 0; i < nc; ++i) dz[r * nc + i] *= static_cast<W>(dy[r * ldy + i]);
 }
@@ -166,10 +163,8 @@ FASTGEN_BODY void sums_body(const T* x, int64_t ldx, const T* dy, int64_t ldy, T
           s2[c0 + i] += dz[r * nc + i] * d[r * nc + i];
         }
     } else {
-      W a = 0, b = 0;
-#pragma omp simd reduction(+ : a, b)
-      for (int64_t i = 0; i < nc; ++i) a += dz[i], b += dz[i] * d[i];
-      *s1 += a, *s2 += b;
+      *s1 += lane_sum<W>(nc, [&](int64_t i) __attribute__((always_inline)) { return dz[i]; });
+      *s2 += lane_sum<W>(nc, [&](int64_t i) __attribute__((always_inline)) { return dz[i] * d[i]; });
     }
   });
 }
@@ -273,26 +268,32 @@ void statistics(const Geometry& g, const T* const source[2], double eps, Wide<T>
     else
       multiversion<moments_body<false, T>>(source[k] + offset, rows, cols, ld, &means[slot], &m2s[slot]);
   });
+  // Channel by channel, then group by group; around the group's mean, so that nothing cancels.
   const int64_t width = g.c / g.groups;
   const double total = static_cast<double>(width * g.s);
-  for (int64_t n = 0; n < g.n; ++n)
+  std::vector<double> sums(g.c), centre(g.c);
+  const auto group_sum = [&](int64_t group) {
+    return std::accumulate(sums.begin() + group * width, sums.begin() + (group + 1) * width, 0.0);
+  };
+  for (int64_t n = 0; n < g.n; ++n) {
+    const W *means_n = &means[n * g.tiles * g.c], *m2s_n = &m2s[n * g.tiles * g.c];
+    std::fill(sums.begin(), sums.end(), 0.0);
+    for (int64_t tile = 0, i = 0; tile < g.tiles; ++tile)
+      for (int64_t c = 0; c < g.c; ++c, ++i) sums[c] += static_cast<double>(g.count(tile)) * means_n[i];
     for (int64_t group = 0; group < g.groups; ++group) {
-      // Calls f(the slot's index, its number of elements) for every slot of the group.
-      const auto each = [&](const auto& f) {
-        for (int64_t tile = 0; tile < g.tiles; ++tile)
-          for (int64_t c = 0; c < width; ++c)
-            f((n * g.tiles + tile) * g.c + group * width + c, static_cast<double>(g.count(tile)));
-      };
-      double average = 0, squares = 0;
-      each([&](int64_t slot, double count) { average += count * means[slot]; });
-      average /= total;
-      each([&](int64_t slot, double count) {
-        const double delta = means[slot] - average;
-        squares += m2s[slot] + count * delta * delta;
-      });
+      const double average = group_sum(group) / total;
+      std::fill_n(&centre[group * width], width, average);
       mean[n * g.groups + group] = static_cast<W>(average);
-      rstd[n * g.groups + group] = static_cast<W>(1.0 / std::sqrt(squares / total + eps));
     }
+    std::fill(sums.begin(), sums.end(), 0.0);
+    for (int64_t tile = 0, i = 0; tile < g.tiles; ++tile)
+      for (int64_t c = 0; c < g.c; ++c, ++i) {
+        const double delta = means_n[i] - centre[c];
+        sums[c] += m2s_n[i] + static_cast<double>(g.count(tile)) * delta * delta;
+      }
+    for (int64_t group = 0; group < g.groups; ++group)
+      rstd[n * g.groups + group] = static_cast<W>(1.0 / std::sqrt(group_sum(group) / total + eps));
+  }
 }
 
 // Only the statistics of the groups; see group_norm_act_fwd.

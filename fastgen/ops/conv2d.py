@@ -56,6 +56,13 @@ def conv2d(
         x, weight, bias, stride, padding, dilation, groups, upsample=upsample, skip=skip, residual=residual, act=act,
         backend=backend,
     )  # fmt: skip
+    geometry = Geometry(pair(stride), four(padding), pair(dilation), groups, upsample)
+    fused = skip is not None or residual is not None or given[10] != "none"
+    # Nothing to fuse and no better algorithm: PyTorch's is at the FLOP limit.
+    if not fused and convolution.plain(x, weight, bias, geometry) and backends.left_to_pytorch("conv2d", x, backend):
+        left, _, top, _ = geometry.padding
+        y = F.conv2d(x, weight, bias, geometry.stride, (top, left), geometry.dilation, groups)
+        return y.contiguous(memory_format=layout(x))
     return _CONV2D(*given)[0]
 
 

@@ -99,6 +99,19 @@ def choose(n: int, c: int, k: int, h: int, w: int, taps: int, passes: int = 1) -
     return min(candidates, key=seconds)
 
 
+def plain(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> bool:
+    """Whether F.conv2d takes these arguments and our kernels would compute the sums themselves, like it."""
+    left, right, top, bottom = geometry.padding
+    if geometry.upsample > 1 or (left, top) != (right, bottom) or not all(type(s) is int for s in x.shape):
+        return False
+    if weight.dtype != x.dtype or (bias is not None and (bias.dtype != x.dtype or bias.ndim > 1)):
+        return False
+    kh, kw = weight.shape[2:]
+    if kh != kw or geometry._replace(padding=(0, 0, 0, 0)) != Geometry():
+        return True
+    return choose(x.shape[0], x.shape[1], weight.shape[0], *geometry.output(*x.shape[2:], kh, kw), kh) == DIRECT
+
+
 def grow(weight: Tensor) -> Tensor:
     """The [C, K, 4, 4] kernel of the transposed convolution (stride 2, padding 1) that equals a nearest upsampling
     by 2 and the convolution (padding 1) by weight [K, C, 3, 3]: each tap falls on two neighbours of four."""
