@@ -1,4 +1,4 @@
-// Activations of a buffer, by name; the equations: csrc/common/activations.h.
+// Activations of a buffer, by name, and its exponential; the equations: csrc/common/activations.h.
 #pragma once
 
 #include <cstdint>
@@ -10,5 +10,8 @@ void activate(int code, float* z, int64_t n);
 void activate(int code, double* z, int64_t n);
 void activate_grad(int code, float* z, int64_t n);
 void activate_grad(int code, double* z, int64_t n);
+// z becomes exp(z).
+void exponential(float* z, int64_t n);
+void exponential(double* z, int64_t n);
 
 }  // namespace fastgen

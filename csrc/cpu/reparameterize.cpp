@@ -1,12 +1,18 @@
 // reparameterize: z = mu + exp(logvar/2) noise and KL(N(mu, sigma²) || N(0, I)); see fastgen/ops/reparameterize.py.
 #include <vector>
 
-#include "../common/activations.h"
+#include "activations.h"
 #include "common.h"
 #include "noise.h"
 
 namespace fastgen {
 namespace {
+
+template <typename W>
+FASTGEN_BODY void standard_deviation(const W* logvar, int64_t n, W* sigma) {
+  for (int64_t i = 0; i < n; ++i) sigma[i] = logvar[i] * W(0.5);
+  exponential(sigma, n);
+}
 
 // mu, logvar, noise, z: the span's first element; made: the span's noise if it was made from a seed. Returns the
 // span's part of the KL, in nats.
@@ -14,16 +20,16 @@ template <typename T>
 FASTGEN_BODY Wide<T> forward_body(const T* mu, const T* logvar, const T* noise, const float* made, T* z, Span s) {
   using W = Wide<T>;
   alignas(64) W buffers[4][kSpan];
-  alignas(64) W kl[kSpan];
+  alignas(64) W sigma[kSpan], kl[kSpan];
   const W* m = gather(mu, s.count, s.stride, buffers[0]);
   const W* v = gather(logvar, s.count, s.stride, buffers[1]);
   const W* n = made != nullptr ? gather(made, s.count, 1, buffers[2]) : gather(noise, s.count, s.stride, buffers[2]);
   W* result = target(z, s.stride, buffers[3]);
+  standard_deviation(v, s.count, sigma);
 #pragma omp simd
   for (int64_t i = 0; i < s.count; ++i) {
-    const W sigma = exp_(v[i] * W(0.5));
-    result[i] = m[i] + sigma * n[i];
-    kl[i] = sigma * sigma + m[i] * m[i] - W(1) - v[i];
+    result[i] = m[i] + sigma[i] * n[i];
+    kl[i] = sigma[i] * sigma[i] + m[i] * m[i] - W(1) - v[i];
   }
   scatter(result, s.count, s.stride, z);
   W sum = 0;
@@ -47,11 +53,12 @@ FASTGEN_BODY void backward_body(const T* dz, Wide<T> dkl, const T* mu, const T* 
   const W* v = gather(logvar, s.count, s.stride, buffers[2]);
   const W* n = made != nullptr ? gather(made, s.count, 1, buffers[3]) : gather(noise, s.count, s.stride, buffers[3]);
   W *dm = target(dmu, s.stride, buffers[4]), *dv = target(dlogvar, s.stride, buffers[5]);
+  alignas(64) W sigma[kSpan];
+  standard_deviation(v, s.count, sigma);
 #pragma omp simd
   for (int64_t i = 0; i < s.count; ++i) {
-    const W sigma = exp_(v[i] * W(0.5));
     dm[i] = d[i] + dkl * m[i];
-    dv[i] = W(0.5) * (d[i] * n[i] * sigma + dkl * (sigma * sigma - W(1)));
+    dv[i] = W(0.5) * (d[i] * n[i] * sigma[i] + dkl * (sigma[i] * sigma[i] - W(1)));
   }
   scatter(dm, s.count, s.stride, dmu);
   scatter(dv, s.count, s.stride, dlogvar);
@@ -69,7 +76,7 @@ Rows rows_for(const Tensor& x, const OptTensor& seeds) { return seeds ? rows_of(
 // mu, logvar, noise, z: [N, *] in one dense layout; seeds: int64 [N]; kl: [N] fp32 (fp64 for fp64)
 void reparameterize_fwd(const Tensor& mu, const Tensor& logvar, const OptTensor& noise, const OptTensor& seeds,
                         const Tensor& z, const Tensor& kl) {
-  const Rows rows = rows_for(mu, seeds);
+  const Rows rows = rows_of(mu);  // whatever the noise: the KL's order is one
   const int64_t lines = rows.size == 0 ? 0 : rows.size / rows.inner, pieces = (rows.inner + kSpan - 1) / kSpan;
   for_dtype(mu, "reparameterize", [&](auto zero) {
     using T = decltype(zero);
