@@ -27,7 +27,8 @@ def reparameterize(
     """Samples z ~ N(mu, exp(logvar)) and returns (z, kl).
 
     mu, logvar: [N, *], floating, of one shape and dtype. Give either ``noise`` [N, *] or ``seeds``
-    int64 [N], from which each sample's noise is made inside the kernel (where fp32 gradients are recorded on a CPU: before it).
+    int64 [N], from which each sample's noise is made inside the kernel, and again in backward (on a CPU
+    it is kept for that).
     z: [N, *] in mu's dtype and layout; kl: [N], fp32 (fp64 for fp64), in nats, >= 0.
     Differentiable in mu, logvar and noise, twice too. Raises ValueError for shapes that disagree
     and where not exactly one of noise and seeds is given.
@@ -40,7 +41,8 @@ def reparameterize(
     check_noise(mu, noise, seeds)
     recorded = torch.is_grad_enabled() and (mu.requires_grad or logvar.requires_grad)
     exact = mu.dtype in (torch.float32, torch.float64)
-    if seeds is not None and recorded and exact and backends.resolve("reparameterize", mu.device, backend) == "cpp":
+    free = seeds is not None and recorded and exact and not torch.compiler.is_compiling()
+    if free and backends.resolve("reparameterize", mu.device, backend) == "cpp":
         # A CPU takes longer to make the noise again for the backward than to keep it.
         noise, seeds = philox_normal(seeds, mu.shape[1:], 0, Stream.REPARAMETERIZE, backend=backend).to(mu.dtype), None
     return _FORWARD(mu, logvar, noise, seeds, backend)
