@@ -8,6 +8,8 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +18,8 @@ import pytest
 import torch
 
 from fastgen import backends
+
+ROOT = Path(__file__).parents[1]
 
 pytestmark = pytest.mark.skipif(backends.library_error("cpu") is not None, reason=str(backends.library_error("cpu")))
 
@@ -75,3 +79,26 @@ def test_unknown_name_is_an_error_that_lists_the_choices():
     done = run(program, "mmx")
     assert done.returncode != 0
     assert "FASTGEN_CPU_ISA=mmx is unknown (choices: generic, avx2, avx512)" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", sorted((ROOT / "csrc" / "cpu").glob("*.cpp")), ids=lambda p: p.stem)
+def test_compiles_where_there_is_no_x86(source):
+    """The generic path alone, for a processor without any of the instruction sets that functions name."""
+    compiler = shutil.which("aarch64-linux-gnu-g++")
+    if compiler is None:
+        pytest.skip("aarch64-linux-gnu-g++ is not installed (Debian: g++-aarch64-linux-gnu)")
+    flags = re.search(r"^CXX_FLAGS = \[(.*?)^\]", (ROOT / "setup.py").read_text(), re.M | re.S).group(1)
+    given = [f for f in re.findall(r'"(-[^"]+)"', flags) if "visibility" not in f]
+    folders = [f"-I{ROOT / 'csrc'}", f"-I{Path(torch.__file__).parent / 'include'}"]
+    command = [
+        compiler,
+        *given,
+        "-DTORCH_TARGET_VERSION=0x020b000000000000",
+        "-Werror",
+        "-fsyntax-only",
+        *folders,
+        source,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr

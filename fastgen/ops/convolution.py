@@ -199,7 +199,7 @@ def subpixel(
 
 
 def _parameter(p: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if p is None else p.detach().to(dtype).contiguous()
+    return p if p is None or (p.dtype == dtype and p.is_contiguous()) else p.detach().to(dtype).contiguous()
 
 
 def statistics(x: Tensor, skip: Tensor | None, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
