@@ -289,13 +289,30 @@ def gradients(
     need_h, need_weight = need_h and dh is None, need_weight and dweight is None
     if need_h or need_weight:
         h = _normalised(x, skip, prologue, num_groups, eps)
-        found = vjp(lambda h, weight: _vendor(h, weight, geometry), (h, weight), (dy,), (need_h, need_weight))
+        found = _vendor_gradients(dy, h, weight, geometry, need_h, need_weight)
         dh, dweight = (found[0] if need_h else dh), (found[1] if need_weight else dweight)
     return dh, dweight
 
 
-def _vendor(h: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+def _vendor_gradients(
+    dy: Tensor, h: Tensor, weight: Tensor, geometry: Geometry, need_h: bool, need_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of h and weight by PyTorch's convolution."""
+    backward, needs = torch.ops.aten.convolution_backward, (need_h, need_weight, False)
     if geometry.subpixels(weight):  # a quarter of the arithmetic of a convolution of the upsampled map
-        return F.conv_transpose2d(h, grow(weight).to(h.dtype), None, 2, 1)
+        grown = grow(weight).to(h.dtype)
+        dh, dgrown, _ = backward(dy, h, grown, None, (2, 2), (1, 1), (1, 1), True, (0, 0), 1, needs)
+        return dh, vjp(grow, (weight,), (dgrown.to(weight.dtype),))[0] if need_weight else None
+    if geometry.upsample > 1:
+        return vjp(lambda h, weight: _vendor(h, weight, geometry), (h, weight), (dy,), (need_h, need_weight))
+    padded, padding = _padded(h, geometry)
+    where = (geometry.stride, padding, geometry.dilation, False, (0, 0), geometry.groups)
+    dh, dweight, _ = backward(dy, padded, weight.to(h.dtype), None, *where, needs)
+    if need_h and padded is not h:
+        dh = F.pad(dh, [-p for p in geometry.padding])
+    return dh, dweight.to(weight.dtype) if need_weight else None
+
+
+def _vendor(h: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     h, padding = _padded(h, geometry)
     return F.conv2d(h, weight.to(h.dtype), None, geometry.stride, padding, geometry.dilation, geometry.groups)
