@@ -71,14 +71,6 @@ FASTGEN_BODY void add_up(int64_t rows, int64_t cols, int64_t ld, W* __restrict s
   });
 }
 
-// The sum of all lanes, in a fixed order.
-template <typename W>
-FASTGEN_BODY W fold(W* lanes) {
-  for (int64_t half = kLanes / 2; half > 0; half /= 2)
-    for (int64_t l = 0; l < half; ++l) lanes[l] += lanes[l + half];
-  return lanes[0];
-}
-
 // Mean and centred sum of squares of each column, or of the whole tile. The mean is summed as a distance from the
 // first element: a large mean costs no digits.
 template <bool kColumns, typename T>
@@ -92,7 +84,7 @@ FASTGEN_BODY void moments_body(const T* __restrict x, int64_t rows, int64_t cols
   if constexpr (kColumns)
     for (int64_t c = 0; c < cols; ++c) mean[c] = static_cast<W>(x[c]) + sums[c] / static_cast<W>(rows);
   else
-    *mean = static_cast<W>(*x) + fold(sums) / static_cast<W>(rows * cols);
+    *mean = static_cast<W>(*x) + fold_lanes(sums, kLanes) / static_cast<W>(rows * cols);
   const W first = *mean;
   add_up<kColumns>(rows, cols, ld, sums, [&](int64_t at, int64_t c) __attribute__((always_inline)) {
     const W d = static_cast<W>(x[at]) - (kColumns ? mean[c] : first);
@@ -101,7 +93,7 @@ FASTGEN_BODY void moments_body(const T* __restrict x, int64_t rows, int64_t cols
   if constexpr (kColumns)
     for (int64_t c = 0; c < cols; ++c) m2[c] = sums[c];
   else
-    *m2 = fold(sums);
+    *m2 = fold_lanes(sums, kLanes);
 }
 
 template <bool kColumns, bool kResidual, typename T>
@@ -206,7 +198,7 @@ FASTGEN_BODY void sums_tile(const T* __restrict x, const T* __restrict residual,
   if constexpr (kColumns)
     std::copy_n(sum1, cols, s1), std::copy_n(sum2, cols, s2);
   else
-    *s1 = fold(sum1), *s2 = fold(sum2);
+    *s1 = fold_lanes(sum1, kLanes), *s2 = fold_lanes(sum2, kLanes);
 }
 
 // s1 = sum dz, s2 = sum dz (x - mean), of each column or of the whole tile. dz_out = dz, unless null: it is the

@@ -57,6 +57,14 @@ struct Span {
   int64_t image, first, count, offset, stride;
 };
 
+// The sum of n lanes, a power of two, in a fixed order; the lanes are used up.
+template <typename W>
+FASTGEN_BODY W fold_lanes(W* lanes, int64_t n) {
+  for (int64_t half = n / 2; half > 0; half /= 2)
+    for (int64_t l = 0; l < half; ++l) lanes[l] += lanes[l + half];
+  return lanes[0];
+}
+
 // Calls f(i) for i < count, in parallel: whichever thread is free takes the next. On a busy machine cores are not
 // equally fast, and one that falls behind must not keep the others waiting.
 template <typename F>

@@ -37,9 +37,7 @@ FASTGEN_BODY W lane_sum(int64_t n, const F& term) {
   for (; i + kLanes <= n; i += kLanes)
     for (int64_t l = 0; l < kLanes; ++l) lanes[l] += term(i + l);
   for (int64_t l = 0; i + l < n; ++l) lanes[l] += term(i + l);
-  for (int64_t half = kLanes / 2; half > 0; half /= 2)
-    for (int64_t l = 0; l < half; ++l) lanes[l] += lanes[l + half];
-  return lanes[0];
+  return fold_lanes(lanes, kLanes);
 }
 
 // Mean and centred sum of squares of each column, or of the whole tile. x: [rows, cols], ld apart
