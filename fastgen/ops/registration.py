@@ -52,6 +52,8 @@ class FusedOp:
         if schema.endswith("-> Tensor[]"):  # autograd.Function tracks the tensors of a tuple, but not those of a list
             forward, backward = _in_tuple(forward), _from_list(backward)
         self.function = None if backward is None else _autograd_function(self.name, forward, setup_context, backward)
+        # Function.apply binds default arguments, of which there are none, by `inspect`: as long as the small kernels.
+        self.apply = None if backward is None else super(torch.autograd.Function, self.function).apply
 
     def _register_autocast(self, rule: Callable[..., Sequence[Any]]) -> None:
         for device in ("CPU", "CUDA"):
@@ -70,8 +72,8 @@ class FusedOp:
             return self.function.apply(*args)  # torch.func transforms take this kind of Function, not the dispatcher's
         if not _is_plain(args):
             return self.op(*args)
-        if self.function is not None and torch.is_grad_enabled() and _any_requires_grad(args):
-            return self.function.apply(*args)
+        if self.apply is not None and torch.is_grad_enabled() and _any_requires_grad(args):
+            return self.apply(*args)
         return self.forward(*args)
 
 
