@@ -47,7 +47,7 @@ STEMS = {
 LAUNCHERS = dict.fromkeys(("norm_act_conv2d", "conv2d_norm_act", "conv_transpose2d_norm_act"), "conv2d")
 
 # What "auto" tries, best first; an op that is not named takes the device's default.
-# On a GPU some ops have no kernel of their own yet: PyTorch's operators, attention's in one piece.
+# On a GPU some ops have no kernel of their own yet, or none that was measured: PyTorch's operators.
 AUTO: dict[str, dict[str, tuple[str, ...]]] = {
     "cpu": {"default": ("cpp", "reference")},
     "cuda": {

@@ -27,6 +27,14 @@ def sigmoid(z):
 
 
 @triton.jit
+def sigmoid_pair(z):
+    """s = sigmoid(z) and 1 - s, neither by cancellation."""
+    e = tl.exp(-z)
+    s = 1.0 / (1.0 + e)
+    return s, tl.where(z > 0, e * s, 1.0 - s)
+
+
+@triton.jit
 def tanh(z):
     e = tl.exp(tl.abs(z) * -2.0)  # in (0, 1]: no overflow
     t = (1.0 - e) / (1.0 + e)
@@ -62,18 +70,18 @@ def activate_grad(z, ACT: tl.constexpr):
     elif ACT == LEAKY_RELU:
         return tl.where(z > 0, tl.full(z.shape, 1.0, z.dtype), LEAK)
     elif ACT == SILU:
-        s = sigmoid(z)
-        return s * (1.0 + z * (1.0 - s))
+        s, rest = sigmoid_pair(z)
+        return s * (1.0 + z * rest)
     elif ACT == GELU:
         return 0.5 * (1.0 + tl.erf(z * SQRT_HALF)) + z * DENSITY_0 * tl.exp(z * z * -0.5)
     elif ACT == GELU_TANH:
-        s = sigmoid((z + z * z * z * CUBIC) * TWO_SQRT_2_OVER_PI)
-        return s + z * s * (1.0 - s) * (1.0 + z * z * CUBIC * 3.0) * TWO_SQRT_2_OVER_PI
+        s, rest = sigmoid_pair((z + z * z * z * CUBIC) * TWO_SQRT_2_OVER_PI)
+        return s + z * s * rest * (1.0 + z * z * CUBIC * 3.0) * TWO_SQRT_2_OVER_PI
     elif ACT == TANH:
-        t = tanh(z)
-        return 1.0 - t * t
+        s, rest = sigmoid_pair(z * 2.0)
+        return s * rest * 4.0  # 1 - tanh² would cancel
     elif ACT == SIGMOID:
-        s = sigmoid(z)
-        return s * (1.0 - s)
+        s, rest = sigmoid_pair(z)
+        return s * rest
     else:
         return tl.full(z.shape, 1.0, z.dtype)

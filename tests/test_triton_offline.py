@@ -117,6 +117,7 @@ def configurations(level: str) -> Iterator[tuple[str, Callable[[], None]]]:
         for last in {"representative": (False,), "all": (False, True)}.get(level, (True,)):
             yield from _elementwise(dtype, last, level)
             yield from _group_norm(dtype, last, level)
+            yield from _batch_norm(dtype, last, level)
     if level == "representative":
         yield from _group_norm(torch.float64, True, level)
 
@@ -131,6 +132,7 @@ def _meta(dtype: Any, last: bool, *shape: int) -> Any:
 def _elementwise(dtype: Any, last: bool, level: str) -> Iterator[tuple[str, Callable[[], None]]]:
     """With generated noise, and with "all" also with noise that is given."""
     import torch
+
     from fastgen.kernels.diffusion_step import diffusion_step_fwd
     from fastgen.kernels.philox import philox_bits_fwd, philox_normal_fwd
     from fastgen.kernels.q_sample import q_sample_fwd
@@ -184,6 +186,7 @@ def _launch_group_norm(
     dtype: Any, last: bool, c1: int, c2: int, positions: tuple[int, int], groups: int, act: int, full: bool
 ) -> None:
     import torch
+
     from fastgen.kernels.group_norm_act import group_norm_act_bwd, group_norm_act_fwd
 
     n, c, wide = 2, c1 + c2, torch.float64 if dtype == torch.float64 else torch.float32
@@ -194,6 +197,36 @@ def _launch_group_norm(
     parameters = (weight, weight, scale, scale)
     group_norm_act_fwd(x, skip, *parameters, groups, 1e-5, act, y, statistics, statistics)
     group_norm_act_bwd(y, x, skip, *parameters, statistics, statistics, groups, act, x, skip, sums, sums)
+
+
+def _batch_norm(dtype: Any, last: bool, level: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    """In training with all there is; with "all" also without, in evaluation, odd shapes and every activation."""
+    shapes = {"usual": (128, 16, 16), "one pixel": (512, 1, 1), "odd": (33, 99, 51)}
+    if level == "huge":
+        shapes = {"huge": (8, 2**15, 2**14)}
+    elif level == "representative":
+        shapes = {"usual": shapes["usual"]}
+    both = (True, False) if level == "all" else (True,)
+    every = set(itertools.product(shapes, both, both, (1,)))
+    if level == "all":
+        every |= set(itertools.product(("odd",), (True,), (True,), range(8)))
+    for shape, training, full, act in sorted(every):
+        name = f"{dtype}{' channels_last' * last} {shape} act={act}{' training' * training}{' all' * full}"
+        yield name, lambda a=(dtype, last, shapes[shape], training, full, act): _launch_batch_norm(*a)
+
+
+def _launch_batch_norm(
+    dtype: Any, last: bool, shape: tuple[int, int, int], training: bool, full: bool, act: int
+) -> None:
+    import torch
+
+    from fastgen.kernels.batch_norm_act import batch_norm_act_bwd, batch_norm_act_fwd
+
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    x, c = _meta(dtype, last, 4, *shape), _meta(wide, False, shape[0])
+    given = (x, c, c) if full else (None, None, None)
+    batch_norm_act_fwd(x, *given, training, 1e-5, act, x, c, c)
+    batch_norm_act_bwd(x, x, *given, c, c, training, 1e-5, act, x, given[0], c, c)
 
 
 def main(target: str, level: str) -> None:
@@ -218,8 +251,9 @@ def main(target: str, level: str) -> None:
 
 def _kernels() -> list[str]:
     """The names of all functions `*_kernel` under Triton's jit in fastgen.kernels."""
-    import fastgen.kernels
     import triton
+
+    import fastgen.kernels
 
     found = set()
     for file in pkgutil.iter_modules(fastgen.kernels.__path__):
