@@ -132,7 +132,6 @@ def _meta(dtype: Any, last: bool, *shape: int) -> Any:
 def _elementwise(dtype: Any, last: bool, level: str) -> Iterator[tuple[str, Callable[[], None]]]:
     """With generated noise, and with "all" also with noise that is given."""
     import torch
-
     from fastgen.kernels.diffusion_step import diffusion_step_fwd
     from fastgen.kernels.philox import philox_bits_fwd, philox_normal_fwd
     from fastgen.kernels.q_sample import q_sample_fwd
@@ -186,7 +185,6 @@ def _launch_group_norm(
     dtype: Any, last: bool, c1: int, c2: int, positions: tuple[int, int], groups: int, act: int, full: bool
 ) -> None:
     import torch
-
     from fastgen.kernels.group_norm_act import group_norm_act_bwd, group_norm_act_fwd
 
     n, c, wide = 2, c1 + c2, torch.float64 if dtype == torch.float64 else torch.float32
@@ -219,7 +217,6 @@ def _launch_batch_norm(
     dtype: Any, last: bool, shape: tuple[int, int, int], training: bool, full: bool, act: int
 ) -> None:
     import torch
-
     from fastgen.kernels.batch_norm_act import batch_norm_act_bwd, batch_norm_act_fwd
 
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -251,9 +248,8 @@ def main(target: str, level: str) -> None:
 
 def _kernels() -> list[str]:
     """The names of all functions `*_kernel` under Triton's jit in fastgen.kernels."""
-    import triton
-
     import fastgen.kernels
+    import triton
 
     found = set()
     for file in pkgutil.iter_modules(fastgen.kernels.__path__):
