@@ -304,15 +304,15 @@ def _vendor_gradients(
         dh, dgrown, _ = backward(dy, h, grown, None, (2, 2), (1, 1), (1, 1), True, (0, 0), 1, needs)
         return dh, vjp(grow, (weight,), (dgrown.to(weight.dtype),))[0] if need_weight else None
     if geometry.upsample > 1:
-        return vjp(lambda h, weight: _vendor(h, weight, geometry), (h, weight), (dy,), (need_h, need_weight))
+
+        def vendor(h: Tensor, weight: Tensor) -> Tensor:
+            h, padding = _padded(h, geometry)
+            return F.conv2d(h, weight.to(h.dtype), None, geometry.stride, padding, geometry.dilation, geometry.groups)
+
+        return vjp(vendor, (h, weight), (dy,), (need_h, need_weight))
     padded, padding = _padded(h, geometry)
     where = (geometry.stride, padding, geometry.dilation, False, (0, 0), geometry.groups)
     dh, dweight, _ = backward(dy, padded, weight.to(h.dtype), None, *where, needs)
     if need_h and padded is not h:
         dh = F.pad(dh, [-p for p in geometry.padding])
     return dh, dweight.to(weight.dtype) if need_weight else None
-
-
-def _vendor(h: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    h, padding = _padded(h, geometry)
-    return F.conv2d(h, weight.to(h.dtype), None, geometry.stride, padding, geometry.dilation, geometry.groups)

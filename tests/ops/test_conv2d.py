@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from suite import DTYPES, OpSuite, Place, assert_same, errors, every_second, places
 from torch import nn
 
-from fastgen import testing
+from fastgen import backends, testing
 from fastgen.ops import conv2d, convolution, norm_act_conv2d
 from fastgen.testing import EAGER, max_error, tolerance
 
@@ -410,3 +410,20 @@ def test_wrong_arguments(changes, message):
 def test_wrong_arguments_of_the_norm(changes, message):
     with pytest.raises(ValueError, match=message):
         norm_act_conv2d(**GOOD | {"num_groups": 2} | changes)
+
+
+@pytest.mark.skipif(backends.library_error("cpu") is not None, reason=str(backends.library_error("cpu")))
+@pytest.mark.parametrize("kernel, how", [(1, {}), (3, {"stride": 2, "padding": 1}), (5, {"padding": 2})])
+@pytest.mark.parametrize("grad", [False, True])
+def test_bare_sums_are_pytorchs(kernel, how, grad, monkeypatch):
+    """Where there is nothing to fuse and no better algorithm, auto takes F.conv2d; a named backend is obeyed."""
+    monkeypatch.delenv("FASTGEN_BACKEND", raising=False)
+    x, w, b = torch.randn(2, 16, 9, 9), torch.randn(32, 16, kernel, kernel, requires_grad=grad), torch.randn(32)
+    expected, real, called = F.conv2d(x, w, b, **how), F.conv2d, []
+    monkeypatch.setattr(F, "conv2d", lambda *args: called.append(args) or real(*args))
+    assert torch.equal(conv2d(x, w, b, **how), expected)
+    assert len(called) == 1
+    with torch.no_grad():
+        conv2d(x, w, b, act="relu", **how)
+        conv2d(x, w, b, backend="cpp", **how)
+    assert len(called) == 1

@@ -77,3 +77,16 @@ def test_wrong_arguments(changes, message):
     reparameterize(**good)
     with pytest.raises(ValueError, match=message):
         reparameterize(**good | changes)
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_recording_gradients_changes_no_bit(place, channels_last):
+    """Whether the noise is made in the kernel or kept for the backward."""
+    mu, logvar = (torch.randn(3, 4, 9, 11, device=place.device) for _ in range(2))
+    if channels_last:
+        mu, logvar = (t.contiguous(memory_format=torch.channels_last) for t in (mu, logvar))
+    seeds = torch.arange(3, device=place.device)
+    plain = reparameterize(mu, logvar, seeds=seeds, backend=place.backend)
+    recorded = reparameterize(mu.requires_grad_(), logvar, seeds=seeds, backend=place.backend)
+    assert all(torch.equal(p, r) for p, r in zip(plain, recorded, strict=True))
