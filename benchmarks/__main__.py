@@ -23,6 +23,9 @@ from benchmarks.op_rows import OPS, op_rows
 from benchmarks.record import Record, Row
 from fastgen.testing import cases
 
+BANDWIDTH = ["diffusion_step", "q_sample", "reparameterize", "to_uint8"]
+# What is asked of a GPU comes first, in case time runs out.
+FIRST = {"cpu": [], "cuda": ["group_norm_act", *BANDWIDTH, "attention", "sampling", "unet", "training"]}
 # By device: dtypes, seconds a row, and seconds after which torch.compile is left out.
 DEFAULTS = {"cpu": (["fp32"], 2.0, math.inf), "cuda": (["bf16", "fp32"], 0.5, 180.0)}
 
@@ -36,6 +39,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), help="default: fp32 on the CPU, bf16 fp32 on a GPU")
     parser.add_argument("--seconds", type=float, help="to measure a row for, compilation not counted (2; 0.5 on a GPU)")
     parser.add_argument("--budget", type=float, help="seconds until torch.compile is left out (none; 180 on a GPU)")
+    parser.add_argument("--stop", type=float, default=math.inf, help="seconds after which no further row is begun")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="no torch.compile columns")
     parser.add_argument("--quick", action="store_true", help="one case an op, no torch.compile, short measurements")
     parser.add_argument("--list", action="store_true", help="show what there is and stop")
@@ -56,19 +60,28 @@ def what(args: argparse.Namespace) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    names = args.ops or [*OPS, *MODELS]
+    names = args.ops or FIRST[args.device] + [name for name in (*OPS, *MODELS) if name not in FIRST[args.device]]
     if args.list:
         for name in names:
-            print(name, *(f"  {case}" for case in (cases(name, bench=True) if name in OPS else ())), sep="\n")
+            print(
+                name,
+                *(f"  {case}" for case in (cases(name, bench=True, device=args.device) if name in OPS else ())),
+                sep="\n",
+            )
         return 0
     bench = Bench(args.device, args.seconds, args.dtype, args.compile, time.monotonic() + args.budget)
     settings = {"seconds": args.seconds, "compile": args.compile, "dtypes": args.dtype}
     record = Record(what(args), args.device, settings)
     files: list[Path] = []
+    late = 0
+    finish = time.monotonic() + args.stop
     for dtype in args.dtype:
         for name in names:
             rows = MODELS[name] if name in MODELS else partial(op_rows, name)
             for make in rows(dtype, bench, quick=args.quick):
+                if time.monotonic() > finish:
+                    late += 1
+                    continue
                 row = attempt(make, name, dtype)
                 if row is None:
                     continue
@@ -80,6 +93,8 @@ def main(argv: list[str] | None = None) -> int:
         f"BROKEN {row.op} {row.case} {row.dtype} {row.direction}, {name}: {row.columns[name].status}"
         for row in record.rows for name in row.broken()
     ]  # fmt: skip
+    if late:
+        print(f"--stop: {late} rows were not measured", file=sys.stderr)
     print(f"\n{record.name}, ms\n{record.summary()}", *broken, *(f"wrote {file}" for file in files), sep="\n")
     return 1 if broken else 0
 

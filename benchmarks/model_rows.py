@@ -19,7 +19,10 @@ from fastgen import backends, ops
 from fastgen.models import FAMILIES
 from fastgen.testing import EAGER
 
-UNETS = (("mnist", 16), ("cifar10", 1), ("cifar10", 4), ("cifar10", 16))  # preset, batch
+UNETS = {
+    "cpu": (("mnist", 16), ("cifar10", 1), ("cifar10", 4), ("cifar10", 16)),
+    "cuda": (("cifar10", 1), ("cifar10", 16), ("cifar10", 256)),
+}  # preset, batch
 TRAINING = (("cifar10", 8),)
 GENERATOR = (100, 512, 256, 128, 64, 3)  # channels of the DCGAN generator for 64×64 pixels (Radford et al. 2016)
 MODEL_TOLERANCE = 1e-4  # of a whole model in fp32, relative to its largest output
@@ -241,11 +244,16 @@ def sampling_row(dtype: str, bench: Bench) -> Row:
 
 
 def unet_rows(dtype: str, bench: Bench, *, quick: bool = False) -> Iterator[Callable[[], Row]]:
-    for preset, batch in UNETS[: 1 if quick else None]:
+    for preset, batch in UNETS[bench.device][: 1 if quick else None]:
         yield partial(unet_row, preset, batch, dtype, bench)
 
 
 def training_rows(dtype: str, bench: Bench, *, quick: bool = False) -> Iterator[Callable[[], Row]]:
+    if bench.device == "cuda" and dtype != "fp32" and not quick:
+        from benchmarks.gpu_rows import training_row as autocast_row
+
+        yield partial(autocast_row, dtype, bench)
+        return
     for preset, batch in TRAINING:
         yield partial(training_row, "tiny" if quick else preset, batch, dtype, bench)
 
@@ -255,7 +263,13 @@ def dcgan_rows(dtype: str, bench: Bench, *, quick: bool = False) -> Iterator[Cal
 
 
 def sampling_rows(dtype: str, bench: Bench, *, quick: bool = False) -> Iterator[Callable[[], Row]]:
-    if dtype == "fp32":
+    if bench.device == "cuda" and dtype != "fp32" and not quick:
+        from benchmarks.gpu_rows import BATCHES
+        from benchmarks.gpu_rows import sampling_row as whole_row
+
+        for batch in BATCHES:
+            yield partial(whole_row, batch, dtype, bench)
+    elif dtype == "fp32":
         yield partial(sampling_row, dtype, bench)
 
 

@@ -171,7 +171,7 @@ def _fused(op: str, device: str) -> list[str]:
 
 def op_rows(op: str, dtype: str, bench: Bench, *, quick: bool = False) -> Iterator[Callable[[], Row]]:
     """The rows of an op, each to be run by calling it."""
-    for case in cases(op, bench=True)[: 1 if quick else None]:
+    for case in cases(op, bench=True, device=bench.device)[: 1 if quick else None]:
         if dtype != "fp32" and not _has_dtype(case):
             continue
         for backward in (False, True) if case.differentiable else (False,):

@@ -401,8 +401,34 @@ CASES: dict[str, list[OpCase]] = {
 }  # fmt: skip
 
 
-def cases(op: str, *, bench: bool = False) -> list[OpCase]:
-    """The cases of an op: the small ones for tests, or with ``bench`` the realistic ones."""
+# What a GPU is measured on in place of the realistic ones above: 64 MB in bf16, and a U-Net's shapes at batch 128.
+GPU_CASES: dict[str, list[OpCase]] = {
+    "reparameterize": [_reparameterize(128, 4, 256, 256, seeded=True, bench=True)],
+    "q_sample": [_q_sample(192, 3, 256, 256, seeded=True, bench=True)],
+    "diffusion_step": [_diffusion_step(192, 3, 256, 256, clip=1.0, noise="seeds", bench=True)],
+    "to_uint8": [_to_uint8(192, 3, 256, 256, bench=True)],
+    "philox_normal": [_philox_normal(192, 3, 256, 256, bench=True)],
+    "group_norm_act": [
+        _group_norm_act(64, 128, 64, 64, groups=32, bench=True),
+        _group_norm_act(128, 128, 32, 32, groups=32, bench=True),
+        _group_norm_act(128, 256, 16, 16, groups=32, bench=True), _group_norm_act(1, 128, 256, 256, groups=32, bench=True),
+        _group_norm_act(128, 256, 16, 16, groups=32, scale_shift=True, skip=128, bench=True),
+    ],
+    "attention": [
+        _attention(16, 32, 256, 8, bench=True), _attention(16, 8, 256, 64, bench=True),
+        _attention(16, 8, 1024, 64, bench=True), _attention(4, 8, 4096, 64, bench=True),
+    ],
+    "norm_act_conv2d": [
+        _conv2d(n, c, k, s, s, norm=True, groups=32, padding=1, bench=True)
+        for n, c, k, s in ((128, 128, 128, 32), (128, 256, 256, 16), (128, 512, 256, 16), (1, 256, 256, 16))
+    ],
+}  # fmt: skip
+
+
+def cases(op: str, *, bench: bool = False, device: str = "cpu") -> list[OpCase]:
+    """The cases of an op: the small ones for tests, or with ``bench`` the realistic ones, for a GPU larger ones."""
+    if bench and device == "cuda" and op in GPU_CASES:
+        return GPU_CASES[op]
     return [case for case in CASES[op] if case.bench == bench]
 
 

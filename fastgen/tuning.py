@@ -217,7 +217,7 @@ def _configure(call: _Call, found: tuned.Tuned, timer: Timer) -> float:
 def _benchmarks(wanted: set[str], device: torch.device) -> None:
     """Calls every op on the shapes of its benchmarks."""
     for op in wanted & set(testing.CASES):
-        for case in testing.cases(op, bench=True):
+        for case in testing.cases(op, bench=True, device=device.type):
             for dtype in DTYPES:
                 inputs = case.inputs(dtype, str(device), True, 0)
                 getattr(ops, op)(**inputs)
