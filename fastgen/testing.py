@@ -411,7 +411,8 @@ GPU_CASES: dict[str, list[OpCase]] = {
     "group_norm_act": [
         _group_norm_act(64, 128, 64, 64, groups=32, bench=True),
         _group_norm_act(128, 128, 32, 32, groups=32, bench=True),
-        _group_norm_act(128, 256, 16, 16, groups=32, bench=True), _group_norm_act(1, 128, 256, 256, groups=32, bench=True),
+        _group_norm_act(128, 256, 16, 16, groups=32, bench=True),
+        _group_norm_act(1, 128, 256, 256, groups=32, bench=True),
         _group_norm_act(128, 256, 16, 16, groups=32, scale_shift=True, skip=128, bench=True),
     ],
     "attention": [
