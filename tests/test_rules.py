@@ -31,7 +31,7 @@ LAYERS: list[set[str]] = [
     {"cli"},
     {"folder", "metrics", "replaying"},
     {"testing", "diagnosis", "training", "sampling"},
-    {"arguments"},
+    {"arguments", "finite", "graphs"},
     {"images"},
     {"checkpoint", "recipe"},
     {"models"},
