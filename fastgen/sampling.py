@@ -140,6 +140,12 @@ class Job:
     check_finite: bool
     recipe: Recipe  # without seeds, labels and start images: see recipe_of
 
+    @functools.cached_property
+    def guided(self) -> list[bool]:
+        """Whether guidance applies, for each row: where its timestep lies in the interval, a share of T - 1."""
+        shares = (t / max(1, self.network.diffusion.timesteps - 1) for t in self.plan.timesteps.tolist())
+        return [self.guidance != 1 and self.interval[0] <= share <= self.interval[1] for share in shares]
+
     def recipe_of(self, places: Sequence[int]) -> Recipe:
         """The recipe of the images at these places, computed together."""
         labels, start = self.labels, self.start
@@ -312,7 +318,7 @@ def _all_rows(job: Job, batch: _Batch, bar: tqdm | None = None) -> Tensor:
     x, kept = batch.x, batch.kept
     rows = torch.arange(len(batch.timesteps), device=x.device)
     for i, (row, t) in enumerate(zip(rows.unbind(), batch.timesteps.unbind(), strict=True)):
-        x_next, kept = _one_row(job, batch, x, kept, row, t, _guided(job, i))
+        x_next, kept = _one_row(job, batch, x, kept, row, t, job.guided[i])
         if job.callback:
             job.callback(i, x, kept)
         x = x_next
@@ -326,9 +332,10 @@ def _one_row(
 ) -> tuple[Tensor, Tensor | None]:
     """x and kept after the row; row: int64, one number; t: [], its timestep."""
     model_out, scale = _predict(job, batch, x, t, guided)
+    history = batch.kept is not None
     return ops.diffusion_step(
         x, model_out, batch.coefficients, row, guidance=scale, clip=job.network.diffusion.clip,
-        history=kept if job.plan.history else None, keep="x0" if job.plan.history or job.callback else None,
+        history=kept if history else None, keep="x0" if history or job.callback else None,
         seeds=batch.seeds if job.plan.noisy else None,
     )  # fmt: skip
 
@@ -363,8 +370,7 @@ class _Recording:
 
     def _steps(self, size: int, batch: _Batch, bar: tqdm) -> None:
         """A graph for guided rows and one for the others; the first row of each kind warms up for it."""
-        for i in range(len(batch.timesteps)):
-            guided = _guided(self.job, i)
+        for guided in self.job.guided:
             self.graphs.run((size, guided), functools.partial(_advance, self.job, self.batches[size], guided))
             bar.update()
 
@@ -372,7 +378,7 @@ class _Recording:
         """One graph for all rows, after one row of each kind to warm up."""
         held, rows = self.batches[size], len(batch.timesteps)
         if size not in self.graphs.recorded:
-            for guided in {_guided(self.job, i) for i in range(rows)}:
+            for guided in set(self.job.guided):
                 self.graphs.warm(size, functools.partial(_advance, self.job, held, guided))
             held.take(batch)
             self.graphs.capture(size, lambda: held.x.copy_(_all_rows(self.job, held)))
@@ -443,7 +449,7 @@ def _not_finite(job: Job, index: Tensor, x: Tensor) -> FloatingPointError:
     x, kept, rows = batch.x, batch.kept, torch.arange(len(batch.timesteps), device=x.device)
     with finite.watch(job.network) as names:
         for i, (row, t) in enumerate(zip(rows.unbind(), batch.timesteps.unbind(), strict=True)):
-            x, kept = _one_row(job, batch, x, kept, row, t, _guided(job, i))
+            x, kept = _one_row(job, batch, x, kept, row, t, job.guided[i])
             if names or not finite.finite(x):
                 where = finite.describe(job.network, names[0]) if names else "the sampler's step, after the network"
                 return FloatingPointError(f"{said}, first at row {i} (timestep {t.item():g}) in {where}")
@@ -460,14 +466,6 @@ def _start(job: Job, index: Tensor, seeds: Tensor) -> Tensor:
         abar = job.plan.abar[0].item() if len(job.plan.timesteps) else 1.0
         x = abar**0.5 * image + (1 - abar) ** 0.5 * x
     return x.contiguous(memory_format=torch.channels_last)
-
-
-def _guided(job: Job, row: int) -> bool:
-    """Whether guidance applies at a row: its timestep lies in the interval, a share of T - 1."""
-    if job.guidance == 1:
-        return False
-    share = job.plan.timesteps[row].item() / max(1, job.network.diffusion.timesteps - 1)
-    return job.interval[0] <= share <= job.interval[1]
 
 
 def _predict(job: Job, batch: _Batch, x: Tensor, t: Tensor, guided: bool) -> tuple[Tensor, Tensor | None]:
