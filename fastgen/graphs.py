@@ -7,6 +7,7 @@ never waits for the GPU. A replay costs one launch instead of one for each kerne
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import threading
@@ -50,8 +51,8 @@ class Recorder:
                 function()
             now.wait_stream(side)
 
-    def capture(self, function: Callable[[], None]) -> Replayable:
-        """Records ``function`` without running it."""
+    def capture(self, function: Callable[[], None]) -> tuple[Replayable, int]:
+        """Records ``function`` without running it; also gives the bytes that the shared memory grew by."""
         graph, side = torch.cuda.CUDAGraph(), _side_stream(self.device.index)
         cached = torch.is_autocast_cache_enabled()
         # The outer `stream` goes back to the caller's where the end of a failed capture raises, which the inner does
@@ -60,20 +61,21 @@ class Recorder:
             torch.set_autocast_cache_enabled(False)
             try:
                 with torch.cuda.graph(graph, pool=self.pool, stream=side, capture_error_mode="thread_local"):
+                    before = torch.cuda.memory_reserved()
                     function()
+                return graph, torch.cuda.memory_reserved() - before
+            except BaseException:
+                # PyTorch before 2.13 goes on believing that it captures, and then refuses to empty its cache.
+                with contextlib.suppress(RuntimeError, AttributeError):
+                    torch._C._cuda_endAllocateToPool(self.device.index, self.pool)
+                raise
             finally:
                 torch.set_autocast_cache_enabled(cached)
-        return graph
-
-    def reserved(self) -> int:
-        """Bytes of GPU memory that PyTorch holds and cannot give back."""
-        torch.cuda.synchronize(self.device)
-        torch.cuda.empty_cache()
-        return torch.cuda.memory_reserved(self.device)
 
     def wait(self) -> None:
-        """Until the GPU has done all it was given."""
-        torch.cuda.synchronize(self.device)
+        """Until the GPU has done all it was given. Not while another thread records, which that would break."""
+        with _one_at_a_time:
+            torch.cuda.synchronize(self.device)
 
 
 @functools.cache
@@ -102,15 +104,15 @@ class Graphs:
 
     def capture(self, key: Hashable, function: Callable[[], None]) -> None:
         """Records ``function`` under ``key`` without running it. Raises CaptureError."""
-        before, started = self.recorder.reserved(), time.perf_counter()
+        started = time.perf_counter()
         try:
-            self.recorded[key] = self.recorder.capture(function)
+            self.recorded[key], taken = self.recorder.capture(function)
         except Exception as error:
             while error.__context__ is not None:  # the end of a capture that was broken raises too
                 error = error.__context__
             raise CaptureError(" ".join(str(error).split("\n")[0].split()) or type(error).__name__) from error
-        taken, seconds = self.recorder.reserved() - before, time.perf_counter() - started
         self.bytes += taken
+        seconds = time.perf_counter() - started
         log.info("recorded the CUDA graph %s in %.2f s; it takes %.1f MB", key, seconds, taken / 2**20)
 
     def replay(self, key: Hashable) -> None:
