@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 log = logging.getLogger(__name__)
-_one_at_a_time = threading.Lock()  # a second thread's work on the stream that records would be recorded too
+_one_at_a_time = threading.RLock()  # a second thread's work on the stream that records would be recorded too
 
 
 class CaptureError(RuntimeError):

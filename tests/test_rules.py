@@ -31,6 +31,7 @@ LAYERS: list[set[str]] = [
     {"cli"},
     {"folder", "metrics", "replaying"},
     {"testing", "diagnosis", "training", "sampling"},
+    {"denoising"},
     {"arguments", "finite", "graphs"},
     {"images"},
     {"checkpoint", "recipe"},
