@@ -90,6 +90,17 @@ def check_batch_size(batch_size: int | None) -> None:
         raise UsageError(f"batch_size: must be a whole number of at least 1, not {batch_size!r}")
 
 
+def check_graph(graph: Any) -> None:
+    if graph is not None and graph is not False and graph not in ("step", "loop"):
+        raise UsageError(f"graph: must be 'step', 'loop', False or None, not {_shown(graph)}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raises UsageError where the argument ``name`` is neither True nor False."""
+    if not isinstance(value, bool):
+        raise UsageError(f"{name}: must be True or False, not {_shown(value)}")
+
+
 def check_module(model: nn.Module) -> None:
     """Raises UsageError for a module that does not say how to sample from it."""
     missing = [name for name in ("config", "diffusion", "sampling") if not hasattr(model, name)]

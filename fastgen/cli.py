@@ -136,6 +136,16 @@ def sample(
     batch_size: BatchSize = None,
     device: Device = None,
     backend: Backend = None,
+    graph: Annotated[
+        Optional[str],
+        typer.Option(
+            help="How a GPU is given its work, which changes no image: step, every step as one CUDA graph; loop, all "
+            "steps as one; off, kernel by kernel. Default: step on a GPU."
+        ),
+    ] = None,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Let torch.compile work on the network first, for a minute or so.")
+    ] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -157,7 +167,7 @@ def sample(
         "guidance": guidance, "guidance_rescale": guidance_rescale, "image": image, "strength": strength,
         "guidance_interval": None if guidance_interval is None else _interval(guidance_interval),
         "sampler": _sampler(name, sampler, spacing=spacing, eta=eta), "batch_size": batch_size, "device": device,
-        "backend": backend, "progress": not quiet,
+        "backend": backend, "progress": not quiet, "graph": _graph(graph), "compile": compile,
     }  # fmt: skip
     report = _into_folder(output, name, n, arguments) if folder else _into_picture(output, name, n, arguments)
     typer.echo(json.dumps(report) if as_json else report["message"])
@@ -208,6 +218,14 @@ def _numbers(text: str, kind: type, argument: str, example: str) -> list[Any]:
         return [kind(part) for part in text.split(",")]
     except ValueError:
         raise UsageError(f"{argument}: must be numbers separated by commas, such as {example}, not {text!r}") from None
+
+
+def _graph(text: str | None) -> Any:
+    from fastgen.errors import UsageError
+
+    if text not in (None, "step", "loop", "off"):
+        raise UsageError(f"graph: must be step, loop or off, not {text!r}")
+    return False if text == "off" else text
 
 
 def _interval(text: str) -> tuple[Any, ...]:

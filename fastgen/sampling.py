@@ -10,20 +10,22 @@ import copy
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastgen import ops
+from fastgen import finite, ops
 from fastgen.arguments import (
     StartImage,
     check_batch_size,
+    check_flag,
+    check_graph,
     check_guidance,
     check_module,
     check_strength,
@@ -33,16 +35,14 @@ from fastgen.arguments import (
 )
 from fastgen.backends import check_backend, check_device, default_device, use_backend
 from fastgen.checkpoint import fingerprint, load
+from fastgen.denoising import Callback, Job, denoise, not_finite, recorded
 from fastgen.diffusion.samplers import Sampler, SamplingPlan, describe_sampler, get_sampler
 from fastgen.errors import OUT_OF_MEMORY, UsageError
 from fastgen.images import Samples, concatenate
-from fastgen.ops.philox import Stream
 from fastgen.ops.weights import unchanging
-from fastgen.recipe import Recipe, encode_picture, environment
+from fastgen.recipe import Recipe, environment
 
 BATCH_SIZE = 64
-
-Callback = Callable[[int, Tensor, Tensor], Any]
 
 
 def sample(
@@ -64,6 +64,9 @@ def sample(
     dtype: torch.dtype | None = None,
     backend: str | None = None,
     progress: bool | None = None,
+    graph: Literal["step", "loop", False] | None = None,
+    compile: bool = False,
+    check_finite: bool = True,
 ) -> Samples:
     """n images from a model: `Samples` with uint8 images [n, C, H, W], seeds [n] and labels [n] or None.
 
@@ -85,7 +88,16 @@ def sample(
     dtype: of the network; the image itself is kept in fp32. backend: of every op, see `use_backend`.
     progress: a bar; None shows one on a terminal only.
 
-    Raises UsageError, a ValueError, that names the argument and the way out.
+    graph: how a GPU is given its work; no image depends on it. "step" records the launches of a step once for each
+    size of batch, as a CUDA graph that every further step replays; "loop" records all steps in one graph, which every
+    batch replays, and pays where there are many batches. False launches every kernel by itself. None is "step" on a
+    GPU, unless there is a callback or a module with hooks. What cannot be recorded runs as with False, with a warning.
+    compile: whether torch.compile makes kernels of what lies between fastgen's in the network. The first batch of each
+    size then takes a minute or so, once a process; last bits of an image may change.
+    check_finite: looks once, when a batch is done, whether it is finite.
+
+    Raises UsageError, a ValueError, that names the argument and the way out; FloatingPointError, with the module, the
+    row and the timestep that it began at, where an image is not finite.
     """
     arguments = locals()
     with _unchanging(callback):
@@ -102,53 +114,22 @@ def stream(model: str | Path | nn.Module, n: int | None = None, **arguments: Any
     return run(job, [range(i, min(i + size, len(job.seeds))) for i in range(0, len(job.seeds), size)])
 
 
-@dataclass(frozen=True)
-class Job:
-    """The checked arguments of `sample`: what to draw and how. seeds: int64 [n]; labels: int64 [n] or None;
-    start: uint8 [1 or n, C, H, W] or None."""
-
-    network: nn.Module
-    plan: SamplingPlan
-    seeds: Tensor
-    labels: Tensor | None
-    guidance: float
-    interval: tuple[float, float]
-    rescale: float
-    start: Tensor | None
-    callback: Callback | None
-    batch_size: int
-    backend: str | None
-    progress: bool | None
-    recipe: Recipe  # without seeds, labels and start images: see recipe_of
-
-    def recipe_of(self, places: Sequence[int]) -> Recipe:
-        """The recipe of the images at these places, computed together."""
-        labels, start = self.labels, self.start
-        if start is not None and start.shape[1] not in (1, 3):
-            start = None  # such images are no pictures, and no PNG will ask for the recipe
-        if start is not None and len(start) > 1:
-            start = start[list(places)]
-        return replace(
-            self.recipe,
-            seeds=[self.seeds[i].item() for i in places],
-            labels=None if labels is None else [labels[i].item() for i in places],
-            images=[] if start is None else [encode_picture(p) for p in Samples(start, self.seeds).to_pil()],
-            batch=len(places),
-        )
-
-
 def prepare(
     model: str | Path | nn.Module, n: int | None = None, *, seed: int | Sequence[int] = 0, labels: Any = None,
     steps: int | None = None, sampler: str | Sampler | None = None, guidance: float | None = None,
     guidance_interval: tuple[float, float] | None = None, guidance_rescale: float | None = None,
     image: StartImage | None = None, strength: float | None = None, callback: Callback | None = None,
     batch_size: int | None = None, device: torch.device | str | None = None, dtype: torch.dtype | None = None,
-    backend: str | None = None, progress: bool | None = None,
+    backend: str | None = None, progress: bool | None = None, graph: Any = None, compile: bool = False,
+    check_finite: bool = True,
 ) -> Job:  # fmt: skip
     """Checks the arguments of `sample` and loads the model. Raises UsageError."""
     seeds = seeds_of(seed, n)
     check_batch_size(batch_size)
     check_backend(backend)
+    check_graph(graph)
+    check_flag("compile", compile)
+    check_flag("check_finite", check_finite)
     if callback is not None and not callable(callback):
         raise UsageError(f"callback: must be a function of (row, x_t, x0_hat), not {callback!r}")
     strength = check_strength(strength, image)
@@ -175,7 +156,7 @@ def prepare(
     )  # fmt: skip
     return Job(
         network, plan, seeds, labels_of(network, labels, seeds), scale, interval, rescale, start, callback, size,
-        backend, progress, recipe,
+        backend, progress, graph, compile, check_finite, recipe,
     )  # fmt: skip
 
 
@@ -192,7 +173,7 @@ def run(job: Job, batches: Sequence[Sequence[int]]) -> Iterator[Samples]:
     """Draws the images whose places in the job each batch lists, one batch after the other."""
     place = next(job.network.parameters()).device
     total = sum(map(len, batches))
-    with _bar(len(batches) * len(job.plan.timesteps), job.progress) as bar:
+    with _bar(len(batches) * len(job.plan.timesteps), job.progress) as bar, recorded(job, place) as recording:
         done = 0
         for batch in batches:
             # Entered anew for each batch: a block around the yield would reach into the caller's code.
@@ -200,13 +181,21 @@ def run(job: Job, batches: Sequence[Sequence[int]]) -> Iterator[Samples]:
                 torch.inference_mode(), _backend(job.backend), _evaluating(job.network), _memory(len(batch)),
                 _unchanging(job.callback),
             ):  # fmt: skip
-                x = _denoise(job, torch.tensor(batch), place, bar)
+                index = torch.tensor(batch)
+                x = denoise(job, index, bar, recording)
+                if job.check_finite and not finite.finite(x):
+                    raise not_finite(job, index, x)
                 images = ops.to_uint8(x).permute(0, 3, 1, 2).contiguous().cpu()
-                recipe = replace(job.recipe_of(batch), environment=environment(place))
+                recipe = replace(job.recipe_of(batch), environment=_environment(job, place))
             done += len(batch)
-            bar.set_postfix_str(f"{done}/{total} images")
+            held = f", graphs {recording.bytes >> 20} MB" if recording and recording.bytes else ""
+            bar.set_postfix_str(f"{done}/{total} images{held}")
             labels = None if recipe.labels is None else torch.tensor(recipe.labels)
             yield Samples(images.clone(), torch.tensor(recipe.seeds), labels, recipe)
+
+
+def _environment(job: Job, device: torch.device) -> dict[str, Any]:
+    return environment(device) | ({"compiled": True} if job.compile else {})
 
 
 def _backend(backend: str | None) -> Any:
@@ -216,71 +205,6 @@ def _backend(backend: str | None) -> Any:
 def _unchanging(callback: Callback | None) -> Any:
     """Weights are checked and prepared once, unless there is a callback, which may change them in any way."""
     return unchanging() if callback is None else nullcontext()
-
-
-def _denoise(job: Job, index: Tensor, device: torch.device, bar: tqdm) -> Tensor:
-    """x_0 [B, C, H, W] fp32 of the images at ``index``, each from its own noise, by the plan's rows."""
-    network, plan, seeds = job.network, job.plan, job.seeds[index].to(device)
-    labels = None if job.labels is None else job.labels[index].to(device)
-    guide = None
-    if job.guidance != 1:
-        null = torch.full_like(labels, network.config.num_classes)
-        guide = torch.tensor(job.guidance, device=device), torch.cat([null, labels])
-    x, coefficients = _start(job, index, seeds), plan.coefficients.to(device)
-    rows, timesteps = torch.arange(len(coefficients), device=device), plan.timesteps.to(device)
-    keep = "x0" if plan.history or job.callback else None
-    kept = None
-    # tensors, so that nothing waits for the device
-    for i, (row, t) in enumerate(zip(rows.unbind(), timesteps.unbind(), strict=True)):
-        model_out, scale = _predict(job, x, t, labels, guide if _guided(job, i) else None)
-        x_next, kept = ops.diffusion_step(
-            x, model_out, coefficients, row, guidance=scale, clip=network.diffusion.clip,
-            history=kept if plan.history else None, keep=keep, seeds=seeds if plan.noisy else None,
-        )  # fmt: skip
-        if job.callback:
-            job.callback(i, x, kept)
-        x = x_next
-        bar.update()
-    return x
-
-
-def _start(job: Job, index: Tensor, seeds: Tensor) -> Tensor:
-    """Where the images begin, fp32 [B, C, H, W]: noise, or the noised start image (the image itself for no rows)."""
-    config = job.network.config
-    x = ops.philox_normal(seeds, (config.in_channels, config.image_size, config.image_size), stream=Stream.INITIAL)
-    if job.start is not None:
-        picked = job.start if len(job.start) == 1 else job.start[index]
-        image = picked.to(x.device).float() / 127.5 - 1
-        abar = job.plan.abar[0].item() if len(job.plan.timesteps) else 1.0
-        x = abar**0.5 * image + (1 - abar) ** 0.5 * x
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def _guided(job: Job, row: int) -> bool:
-    """Whether guidance applies at a row: its timestep lies in the interval, a share of T - 1."""
-    share = job.plan.timesteps[row].item() / max(1, job.network.diffusion.timesteps - 1)
-    return job.interval[0] <= share <= job.interval[1]
-
-
-def _predict(
-    job: Job, x: Tensor, t: Tensor, labels: Tensor | None, guide: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor | None]:
-    """The network's output, and the guidance that `diffusion_step` still has to apply to it, or None.
-
-    guide: the scale [] and the labels [2B] of a doubled batch, the null class first; None for a single one.
-    """
-    network = job.network
-    dtype = next(network.parameters()).dtype
-    if guide is None:
-        return network(x.to(dtype), t, labels), None
-    scale, doubled = guide
-    both = network(torch.cat([x, x]).to(dtype), t, doubled)
-    if not job.rescale:
-        return both, scale
-    uncond, cond = both.float().chunk(2)
-    guided = uncond + scale * (cond - uncond)
-    deviation = cond.std(dim=(1, 2, 3), keepdim=True) / guided.std(dim=(1, 2, 3), keepdim=True)
-    return guided * (job.rescale * deviation + (1 - job.rescale)), None
 
 
 def _network(model: str | Path | nn.Module, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Module:

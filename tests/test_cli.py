@@ -37,7 +37,7 @@ OPTIONS = {
     "sample": [
         "name", "-n", "--count", "-o", "--output", "--seed", "--labels", "--steps", "--sampler", "--spacing", "--eta",
         "--guidance", "--guidance-interval", "--guidance-rescale", "--image", "--strength", "--batch-size", "--device",
-        "--backend", "--json", "-q", "--quiet", "--help",
+        "--backend", "--graph", "--compile", "--json", "-q", "--quiet", "--help",
     ],
     "replay": [
         "path", "-o", "--output", "--model", "--device", "--backend", "--json", "-q", "--quiet", "--help",
@@ -141,10 +141,29 @@ def test_options_reach_sample(run: Any, tiny: Path, here: Path, monkeypatch: pyt
     run("sample", tiny, "-q")
     (name, n), kwargs = seen[0]
     assert (name, n) == (str(tiny), 1) and kwargs.pop("seed") == 0 and kwargs.pop("progress") is False
-    assert set(kwargs.values()) == {None}
+    assert kwargs.pop("compile") is False and set(kwargs.values()) == {None}
     run("sample", tiny, "--seed", "3,1,4")
     (name, n), kwargs = seen[1]
     assert n == 3 and kwargs["seed"] == [3, 1, 4] and kwargs["progress"] is True
+    for given, graph in (("step", "step"), ("loop", "loop"), ("off", False)):
+        run("sample", tiny, "--graph", given, "--compile")
+        kwargs = seen.pop()[1]
+        assert kwargs["graph"] == graph and kwargs["graph"] is not None and kwargs["compile"] is True
+
+
+def test_a_network_that_gives_nan(run: Any, here: Path) -> None:
+    """The module and the step, on one line, and nothing is written."""
+    torch.manual_seed(0)
+    network = UNet(PRESETS["tiny"])
+    with torch.no_grad():
+        network.time_embedding.linear_1.bias[0] = float("nan")
+    fastgen.save(network, here / "broken", preset="tiny")
+    result = run("sample", here / "broken", "-q")
+    assert result.code == 1 and result.err.count("\n") == 1 and not (here / "samples.png").exists()
+    assert result.err.startswith(
+        "error: 1 of 1 images (seed 0) hold NaN or infinity, first at row 0 (timestep 999) in "
+    )
+    assert result.err.endswith("time_embedding.linear_1 (Linear), whose bias is not finite\n")
 
 
 SAMPLERS: list[tuple[list[object], Any]] = [
@@ -372,6 +391,7 @@ SAMPLE: list[tuple[list[object], str]] = [
     (["TINY", "-o", "file/"], "output: file is a file; give a folder"),
     (["TINY", "-o", "missing/deeper/"], "output: the folder missing, in which deeper is to be, does not exist"),
     (["TINY", "-o", "out/", "--steps", 0], "steps: must be between 1 and 100"),
+    (["TINY", "--graph", "both"], "graph: must be step, loop or off, not 'both'"),
     (["TINY", "-o", "samples.xyz"], "output: cannot write '.xyz'"),
     (["TINY", "-o", "samples"], "output: cannot write"),
     (["TINY", "-o", "file/samples.png"], "output: "),
