@@ -181,7 +181,7 @@ def compile_all(jobs, folder):
     """Compile [(command, source)] in a pool; return the objects. What is newer than its source and every
     header is kept; `folder` must be another one for other commands."""
     folder.mkdir(parents=True, exist_ok=True)
-    headers = max((path.stat().st_mtime for path in CSRC.rglob("*.h")), default=0.0)
+    headers = max((f.stat().st_mtime for f in CSRC.rglob("*") if f.suffix in (".h", ".cuh")), default=0.0)
 
     def compile_one(job):
         command, source = job
