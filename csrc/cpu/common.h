@@ -3,42 +3,17 @@
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <optional>
 #include <type_traits>
 
+#include "../common/tensors.h"
 #include "isa.h"
 
 namespace fastgen {
-
-using torch::stable::Tensor;
-using OptTensor = std::optional<Tensor>;
-
-// Arithmetic happens in fp32, for fp64 tensors in fp64.
-template <typename T>
-using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-template <typename T>
-const T* in(const Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
-}
-template <typename T>
-const T* in(const OptTensor& t) {
-  return t ? in<T>(*t) : nullptr;
-}
-template <typename T>
-T* out(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
-}
-template <typename T>
-T* out(const OptTensor& t) {
-  return t ? out<T>(*t) : nullptr;
-}
 
 // p + offset, and null for null
 template <typename T>
