@@ -20,14 +20,14 @@ def philox4x32_10(c0, c1, c2, c3, seed):
     for _ in tl.static_range(10):
         high0 = tl.umulhi(c0, a)
         high1 = tl.umulhi(c2, b)
-        low0 = c0 * a
-        low1 = c2 * b
+        low0 = tl.mul(c0, a, sanitize_overflow=False)  # wraps on purpose: without it TRITON_DEBUG=1 would stop here
+        low1 = tl.mul(c2, b, sanitize_overflow=False)
         c0 = high1 ^ c1 ^ k0
         c1 = low1
         c2 = high0 ^ c3 ^ k1
         c3 = low0
-        k0 += tl.full([], 0x9E3779B9, tl.uint32)
-        k1 += tl.full([], 0xBB67AE85, tl.uint32)
+        k0 = tl.add(k0, tl.full([], 0x9E3779B9, tl.uint32), sanitize_overflow=False)
+        k1 = tl.add(k1, tl.full([], 0xBB67AE85, tl.uint32), sanitize_overflow=False)
     return c0, c1, c2, c3
 
 

@@ -16,6 +16,19 @@ os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # its cache on disk does
 for _name in ("FASTGEN_BACKEND", "FASTGEN_CPU_ISA", "FASTGEN_WEIGHT_CACHE"):
     os.environ.pop(_name, None)
 
+
+def _assert_on_overflow() -> None:
+    """Puts Triton's interpreter in debug mode: an int32 sum, difference or product that overflows is an error."""
+    try:
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(debug=True)
+
+
+if not HAS_GPU:
+    _assert_on_overflow()
+
 sys.path.insert(0, str(Path(__file__).parent / "ops"))  # suite.py, for the tests that stand outside ops/
 pytest.register_assert_rewrite("suite")
 
