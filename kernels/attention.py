@@ -11,11 +11,11 @@ program the only writer of its rows: no atomics. That sum is over the very p and
 from, as in eager: where one key has all the weight, nothing is left. (dout out, which is as much and
 would save two products, has roundings of its own.) Nothing is contracted, so a row's largest s - m is 0.
 
-Work, of N h L S scores: forward 4 D flops each, backward 14 D (18 D where the keys take more than one block) of
-which 10 D are the least, both with D rounded up to a power of two from 16 on. And an exponential each, three in
-backward. On an H200 (790 TFLOP/s, 4·10¹² exponentials a second) [4, 4, 1024, 64] in bf16 takes
-5.4 µs for the products, 4.2 for the exponentials and 1.7 for its bytes; [4, 32, 256, 8] takes 0.7, 2.1 and 0.5:
-up to D = 48 or so it is the exponentials that count. fp32 runs without tensor cores (67 TFLOP/s).
+Work, of N h L S scores: forward 4 D operations and an exponential each; backward 14 D, or 18 D where the keys take
+more than one block, of which 10 D are the least, and two or three exponentials; D rounded up to a power of two from
+16 on. On an H200 (790 TFLOP/s, 4·10¹² exponentials a second) forward of [4, 4, 1024, 64] in bf16 takes 5.4 µs for
+the products, 4.2 for the exponentials and 1.7 for its bytes; [4, 32, 256, 8] takes 0.7, 2.1 and 0.5: up to D = 48
+or so it is the exponentials that count. fp32 runs without tensor cores (67 TFLOP/s).
 
 Legend: N batch, h heads, L queries, S keys, D head dim. Strides come in units of UNIT elements.
 """
@@ -43,11 +43,25 @@ def blocks(kernel: str, architecture: str, dtype: torch.dtype, d: int, length: i
     -> BLOCK_M queries, BLOCK_N keys, num_warps, num_stages. Neither the batch nor the heads decide,
     so an image gives the same bits in any batch.
     """
-    if dtype in (torch.float16, torch.bfloat16):
-        m, n, warps, stages = (128, 64, 4, 3) if kernel != "dkv" else (64, 64, 4, 2)
+    width, half = max(16, triton.next_power_of_2(d)), dtype in (torch.float16, torch.bfloat16)
+    if not architecture:  # the interpreter: small, and of all relations that occur
+        m, n, warps, stages = (64, 32, 4, 1) if kernel == "fwd" else (32, 64, 4, 1)
+    elif not half:
+        size = 16 if width > 64 or dtype == torch.float64 else 32
+        m, n, warps, stages = size, size, 4, 1
+    elif architecture.startswith("sm_"):
+        if width <= 64:
+            m, n, warps, stages = {"fwd": (128, 128, 8, 3), "dq": (128, 64, 8, 3), "dkv": (64, 128, 8, 2)}[kernel]
+        elif width <= 128:
+            m, n, warps, stages = {"fwd": (128, 64, 8, 2), "dq": (64, 64, 8, 2), "dkv": (64, 64, 8, 2)}[kernel]
+        else:
+            m, n, warps, stages = {"fwd": (64, 32, 8, 1), "dq": (32, 32, 8, 1), "dkv": (32, 32, 8, 1)}[kernel]
     else:
-        m, n, warps, stages = 32, 32, 4, 1
-    m, n = min(m, max(16, triton.next_power_of_2(length))), min(n, max(16, triton.next_power_of_2(keys)))
+        m, n = (128, 64) if kernel == "fwd" else (64, 64)
+        m, n, warps, stages = min(m, m * 64 // width), min(n, n * 128 // width), 4, 1
+    m, n = (min(x, max(16, triton.next_power_of_2(y))) for x, y in ((m, length), (n, keys)))
+    own = n if kernel == "dkv" else m
+    warps = min(warps, own // 16)
     return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
 
 
@@ -61,7 +75,7 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, o
     tensors, common = _prepare((q, k, v, out), q, k, scale, causal)
     grid = (q.shape[0] * q.shape[1] * triton.cdiv(q.shape[2], config["BLOCK_M"]),)
     with on_device_of(q):
-        attention_fwd_kernel[grid](*tensors, *sums, **common, **config, **EXACT)
+        attention_fwd_kernel[grid](*tensors, *sums, **common, MASKED=_masked(k, causal, config), **config, **EXACT)
 
 
 def attention_bwd(
@@ -77,17 +91,26 @@ def attention_bwd(
         config = blocks("dq", *_case(q, k))
         tensors, common = _prepare((dout, q, k, v, dq), q, k, scale, causal)
         attention_bwd_dq_kernel[(heads * triton.cdiv(q.shape[2], config["BLOCK_M"]),)](
-            *tensors, *sums, delta, **common, ONCE=k.shape[2] <= config["BLOCK_N"], **config, **EXACT
-        )
+            *tensors, *sums, delta, **common, MASKED=_masked(k, causal, config),
+            ONCE=k.shape[2] <= config["BLOCK_N"], **config, **EXACT,
+        )  # fmt: skip
         config = blocks("dkv", *_case(q, k))
         tensors, common = _prepare((dout, q, k, v, dk, dv), q, k, scale, causal)
         attention_bwd_dkv_kernel[(heads * triton.cdiv(k.shape[2], config["BLOCK_N"]),)](
             *tensors, *sums, delta, **common, **config, **EXACT
         )
+    if k.shape[2] == 1:  # p is 1 whatever its score, which is rounded in three kernels: 0, or NaN
+        dq.mul_(0)
+        dk.mul_(0)
 
 
 def _case(q: Tensor, k: Tensor) -> tuple[str, torch.dtype, int, int, int]:
     return _common.architecture(q), q.dtype, q.shape[3], q.shape[2], k.shape[2]
+
+
+def _masked(k: Tensor, causal: bool, config: dict[str, int]) -> bool:
+    """Whether some query does not see all of some block of keys."""
+    return causal or k.shape[2] % config["BLOCK_N"] != 0
 
 
 def _prepare(
@@ -136,9 +159,7 @@ def load_rows(
 
 
 @triton.jit
-def store_rows(
-    values, x_ptr, rows, limit, stride, D: tl.constexpr, UNIT: tl.constexpr, BLOCK_D: tl.constexpr
-):
+def store_rows(values, x_ptr, rows, limit, stride, D: tl.constexpr, UNIT: tl.constexpr, BLOCK_D: tl.constexpr):
     """Writes rows of a head, narrowed."""
     offsets, inside = row_offsets(rows, stride, D, UNIT, BLOCK_D)
     tl.store(x_ptr + offsets, values.to(x_ptr.dtype.element_ty), mask=(rows < limit)[:, None] & inside)
@@ -169,40 +190,6 @@ def scores(q, k, factor, rows, columns, keys, CAUSAL: tl.constexpr, MASKED: tl.c
 
 
 @triton.jit
-def key_ranges(first, keys, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Keys that queries first … first + BLOCK_M - 1 see: up to where in blocks that need no mask, and all of them."""
-    if CAUSAL:
-        whole = tl.minimum(first + 1, keys)
-        end = tl.minimum(first + BLOCK_M, keys)
-    else:
-        whole = keys
-        end = keys
-    return whole // BLOCK_N * BLOCK_N, end
-
-
-@triton.jit
-def attend(
-    acc, shift, total, q, k_ptr, v_ptr, k_stride, v_stride, factor, rows, begin, end, keys,
-    D: tl.constexpr, UNIT: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr,
-    INDEX: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """A block of queries meets keys begin … end - 1; -> the sums of 2^(s - m) v, m, and the sums of 2^(s - m)."""
-    for first in tl.range(begin, end, BLOCK_N):
-        columns = first + tl.arange(0, BLOCK_N).to(INDEX)
-        k = load_rows(k_ptr, columns, keys, k_stride, D, UNIT, BLOCK_D, MASKED)
-        s = scores(q, k, factor, rows, columns, keys, CAUSAL, MASKED, WIDE)
-        raised = tl.maximum(shift, tl.max(s, 1))
-        safe = tl.where(raised == float("-inf"), 0.0, raised)  # nothing seen but -inf so far
-        p = tl.exp2(s - safe[:, None])
-        before = tl.exp2(shift - safe)
-        total = total * before + tl.sum(p, 1)
-        v = load_rows(v_ptr, columns, keys, v_stride, D, UNIT, BLOCK_D, MASKED)
-        acc = add_product(acc * before[:, None], p, v, WIDE)
-        shift = raised
-    return acc, shift, total
-
-
-@triton.jit
 def attention_fwd_kernel(
     q_ptr,  # [N, h, L, D]
     q_stride_n, q_stride_h, q_stride,
@@ -215,8 +202,8 @@ def attention_fwd_kernel(
     shift_ptr,  # [N, h, L]
     total_ptr,  # [N, h, L]
     heads, length, keys, scale_high, scale_low,
-    D: tl.constexpr, UNIT: tl.constexpr, CAUSAL: tl.constexpr, WIDE: tl.constexpr, INDEX: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, UNIT: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr,
+    INDEX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One block of queries of one head."""
     queries = tl.cdiv(length, BLOCK_M)
@@ -232,15 +219,19 @@ def attention_fwd_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], WIDE)
     shift = tl.full([BLOCK_M], float("-inf"), WIDE)
     total = tl.zeros([BLOCK_M], WIDE)
-    whole, end = key_ranges(first, keys, CAUSAL, BLOCK_M, BLOCK_N)
-    acc, shift, total = attend(
-        acc, shift, total, q, k_ptr, v_ptr, k_stride, v_stride, factor, rows, 0, whole, keys,
-        D, UNIT, CAUSAL, False, WIDE, INDEX, BLOCK_N, BLOCK_D,
-    )  # fmt: skip
-    acc, shift, total = attend(
-        acc, shift, total, q, k_ptr, v_ptr, k_stride, v_stride, factor, rows, whole, end, keys,
-        D, UNIT, CAUSAL, True, WIDE, INDEX, BLOCK_N, BLOCK_D,
-    )  # fmt: skip
+    end = tl.minimum(first + BLOCK_M, keys) if CAUSAL else keys
+    for start in tl.range(0, end, BLOCK_N):
+        columns = start + tl.arange(0, BLOCK_N).to(INDEX)
+        k = load_rows(k_ptr, columns, keys, k_stride, D, UNIT, BLOCK_D, MASKED)
+        s = scores(q, k, factor, rows, columns, keys, CAUSAL, MASKED, WIDE)
+        raised = tl.maximum(shift, tl.max(s, 1))
+        safe = tl.where(raised == float("-inf"), 0.0, raised)  # nothing seen but -inf so far
+        p = tl.exp2(s - safe[:, None])
+        before = tl.exp2(shift - safe)
+        total = total * before + tl.sum(p, 1)
+        v = load_rows(v_ptr, columns, keys, v_stride, D, UNIT, BLOCK_D, MASKED)
+        acc = add_product(acc * before[:, None], p, v, WIDE)
+        shift = raised
     acc *= (1.0 / total)[:, None]
     out_ptr = head_of(out_ptr, head, heads, out_stride_n, out_stride_h, UNIT)
     store_rows(acc, out_ptr, rows, length, out_stride, D, UNIT, BLOCK_D)
@@ -263,26 +254,6 @@ def probabilities(
 
 
 @triton.jit
-def meet(
-    dq, delta, q, dout, k_ptr, v_ptr, k_stride, v_stride, factor, shift, inverse, rows, begin, end, keys,
-    FINAL: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
-    WIDE: tl.constexpr, INDEX: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """A block of queries meets keys begin … end - 1: to sum p dp and, once that is FINAL, to sum ds k."""
-    for first in tl.range(begin, end, BLOCK_N):
-        columns = first + tl.arange(0, BLOCK_N).to(INDEX)
-        p, dp, k = probabilities(
-            q, dout, k_ptr, v_ptr, k_stride, v_stride, factor, shift, inverse, rows, columns, keys,
-            D, UNIT, CAUSAL, MASKED, WIDE, BLOCK_D,
-        )  # fmt: skip
-        if FINAL:
-            dq = add_product(dq, p * (dp - delta[:, None]), k, WIDE)
-        else:
-            delta += tl.sum(p * dp, 1)
-    return dq, delta
-
-
-@triton.jit
 def attention_bwd_dq_kernel(
     dout_ptr,  # [N, h, L, D]
     dout_stride_n, dout_stride_h, dout_stride,
@@ -298,8 +269,8 @@ def attention_bwd_dq_kernel(
     total_ptr,  # [N, h, L]
     delta_ptr,  # [N, h, L]
     heads, length, keys, scale_high, scale_low,
-    D: tl.constexpr, UNIT: tl.constexpr, CAUSAL: tl.constexpr, WIDE: tl.constexpr, INDEX: tl.constexpr,
-    ONCE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, UNIT: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr,
+    INDEX: tl.constexpr, ONCE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dq of one block of queries of one head, and the sums over keys of p dp. ONCE: all keys are one block."""
     queries = tl.cdiv(length, BLOCK_M)
@@ -308,6 +279,7 @@ def attention_bwd_dq_kernel(
     rows = first + tl.arange(0, BLOCK_M).to(INDEX)
     inside = rows < length
     scale = tl.cast(scale_high, WIDE) + tl.cast(scale_low, WIDE)
+    factor = scale * LOG2E
     q_ptr = head_of(q_ptr, head, heads, q_stride_n, q_stride_h, UNIT)
     q = load_rows(q_ptr, rows, length, q_stride, D, UNIT, BLOCK_D, True)
     dout_ptr = head_of(dout_ptr, head, heads, dout_stride_n, dout_stride_h, UNIT)
@@ -319,55 +291,27 @@ def attention_bwd_dq_kernel(
     inverse = 1.0 / tl.load(total_ptr + offsets, mask=inside, other=1.0)
     dq = tl.zeros([BLOCK_M, BLOCK_D], WIDE)
     delta = tl.zeros([BLOCK_M], WIDE)
-    if ONCE:
-        columns = tl.arange(0, BLOCK_N).to(INDEX)
+    end = tl.minimum(first + BLOCK_M, keys) if CAUSAL else keys
+    if not ONCE:
+        for start in tl.range(0, end, BLOCK_N):
+            columns = start + tl.arange(0, BLOCK_N).to(INDEX)
+            p, dp, k = probabilities(
+                q, dout, k_ptr, v_ptr, k_stride, v_stride, factor, shift, inverse, rows, columns, keys,
+                D, UNIT, CAUSAL, MASKED, WIDE, BLOCK_D,
+            )  # fmt: skip
+            delta += tl.sum(p * dp, 1)
+    for start in tl.range(0, end, BLOCK_N):
+        columns = start + tl.arange(0, BLOCK_N).to(INDEX)
         p, dp, k = probabilities(
-            q, dout, k_ptr, v_ptr, k_stride, v_stride, scale * LOG2E, shift, inverse, rows, columns, keys,
-            D, UNIT, CAUSAL, True, WIDE, BLOCK_D,
+            q, dout, k_ptr, v_ptr, k_stride, v_stride, factor, shift, inverse, rows, columns, keys,
+            D, UNIT, CAUSAL, MASKED, WIDE, BLOCK_D,
         )  # fmt: skip
-        delta = tl.sum(p * dp, 1)
+        if ONCE:
+            delta = tl.sum(p * dp, 1)
         dq = add_product(dq, p * (dp - delta[:, None]), k, WIDE)
-    else:
-        whole, end = key_ranges(first, keys, CAUSAL, BLOCK_M, BLOCK_N)
-        for final in tl.static_range(2):
-            dq, delta = meet(
-                dq, delta, q, dout, k_ptr, v_ptr, k_stride, v_stride, scale * LOG2E, shift, inverse, rows, 0, whole,
-                keys, final == 1, D, UNIT, CAUSAL, False, WIDE, INDEX, BLOCK_N, BLOCK_D,
-            )  # fmt: skip
-            dq, delta = meet(
-                dq, delta, q, dout, k_ptr, v_ptr, k_stride, v_stride, scale * LOG2E, shift, inverse, rows, whole, end,
-                keys, final == 1, D, UNIT, CAUSAL, True, WIDE, INDEX, BLOCK_N, BLOCK_D,
-            )  # fmt: skip
     tl.store(delta_ptr + offsets, delta, mask=inside)
     dq_ptr = head_of(dq_ptr, head, heads, dq_stride_n, dq_stride_h, UNIT)
     store_rows(dq * scale, dq_ptr, rows, length, dq_stride, D, UNIT, BLOCK_D)
-
-
-@triton.jit
-def gather(
-    dk, dv, k, v, q_ptr, dout_ptr, shift_ptr, total_ptr, delta_ptr, q_stride, dout_stride, factor, columns,
-    begin, end, length, D: tl.constexpr, UNIT: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr,
-    INDEX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """A block of keys meets queries begin … end - 1. MASKED: some see only keys up to their own number.
-
-    Queries that do not exist are the last one with no weight: of 0 the product with an infinite key would be NaN.
-    """
-    for first in tl.range(begin, end, BLOCK_M):
-        rows = first + tl.arange(0, BLOCK_M).to(INDEX)
-        inside = rows < length
-        q = load_rows(q_ptr, tl.minimum(rows, length - 1), length, q_stride, D, UNIT, BLOCK_D, False)
-        dout = load_rows(dout_ptr, rows, length, dout_stride, D, UNIT, BLOCK_D, True)
-        shift = tl.load(shift_ptr + rows, mask=inside, other=float("inf"))
-        inverse = 1.0 / tl.load(total_ptr + rows, mask=inside, other=1.0)
-        delta = tl.load(delta_ptr + rows, mask=inside, other=0.0)
-        p = tl.exp2(product(k, q, WIDE) * factor - shift[None, :]) * inverse[None, :]
-        if MASKED:
-            p = tl.where(columns[:, None] <= rows[None, :], p, 0.0)
-        dv = add_product(dv, p, dout, WIDE)
-        dp = product(v, dout, WIDE)
-        dk = add_product(dk, p * (dp - delta[None, :]), q, WIDE)
-    return dk, dv
 
 
 @triton.jit
@@ -397,6 +341,7 @@ def attention_bwd_dkv_kernel(
     first = (tl.program_id(0) % parts).to(INDEX) * BLOCK_N
     columns = first + tl.arange(0, BLOCK_N).to(INDEX)
     scale = tl.cast(scale_high, WIDE) + tl.cast(scale_low, WIDE)
+    factor = scale * LOG2E
     q_ptr = head_of(q_ptr, head, heads, q_stride_n, q_stride_h, UNIT)
     dout_ptr = head_of(dout_ptr, head, heads, dout_stride_n, dout_stride_h, UNIT)
     k_ptr = head_of(k_ptr, head, heads, k_stride_n, k_stride_h, UNIT)
@@ -408,17 +353,21 @@ def attention_bwd_dkv_kernel(
     delta_ptr += head.to(tl.int64) * length
     dk = tl.zeros([BLOCK_N, BLOCK_D], WIDE)
     dv = tl.zeros([BLOCK_N, BLOCK_D], WIDE)
-    begin = first * 0
-    if CAUSAL:
-        begin = tl.minimum(tl.cdiv(first + BLOCK_N - 1, BLOCK_M) * BLOCK_M, length)
-        dk, dv = gather(
-            dk, dv, k, v, q_ptr, dout_ptr, shift_ptr, total_ptr, delta_ptr, q_stride, dout_stride, scale * LOG2E,
-            columns, first // BLOCK_M * BLOCK_M, begin, length, D, UNIT, True, WIDE, INDEX, BLOCK_M, BLOCK_D,
-        )  # fmt: skip
-    dk, dv = gather(
-        dk, dv, k, v, q_ptr, dout_ptr, shift_ptr, total_ptr, delta_ptr, q_stride, dout_stride, scale * LOG2E,
-        columns, begin, length, length, D, UNIT, False, WIDE, INDEX, BLOCK_M, BLOCK_D,
-    )  # fmt: skip
+    begin = first // BLOCK_M * BLOCK_M if CAUSAL else 0
+    for start in tl.range(begin, length, BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M).to(INDEX)
+        inside = rows < length
+        # A query that does not exist is the last one, with no weight: 0 times an infinite key would be NaN.
+        q = load_rows(q_ptr, tl.minimum(rows, length - 1), length, q_stride, D, UNIT, BLOCK_D, False)
+        dout = load_rows(dout_ptr, rows, length, dout_stride, D, UNIT, BLOCK_D, True)
+        shift = tl.load(shift_ptr + rows, mask=inside, other=float("inf"))
+        inverse = 1.0 / tl.load(total_ptr + rows, mask=inside, other=1.0)
+        delta = tl.load(delta_ptr + rows, mask=inside, other=0.0)
+        p = tl.exp2(product(k, q, WIDE) * factor - shift[None, :]) * inverse[None, :]
+        if CAUSAL:
+            p = tl.where(columns[:, None] <= rows[None, :], p, 0.0)
+        dv = add_product(dv, p, dout, WIDE)
+        dk = add_product(dk, p * (product(v, dout, WIDE) - delta[None, :]), q, WIDE)
     dk_ptr = head_of(dk_ptr, head, heads, dk_stride_n, dk_stride_h, UNIT)
     store_rows(dk * scale, dk_ptr, columns, keys, dk_stride, D, UNIT, BLOCK_D)
     dv_ptr = head_of(dv_ptr, head, heads, dv_stride_n, dv_stride_h, UNIT)
