@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from fastgen.images import Samples
     from fastgen.replaying import replay
     from fastgen.sampling import sample, stream
+    from fastgen.tuning import tune
 
 _WHERE = {
     "BackendError": "backends",
@@ -43,6 +44,7 @@ _WHERE = {
     "sample_to_folder": "folder",
     "save": "checkpoint",
     "stream": "sampling",
+    "tune": "tuning",
     "use_backend": "backends",
 }
 
@@ -60,6 +62,7 @@ __all__ = [
     "sample_to_folder",
     "save",
     "stream",
+    "tune",
     "use_backend",
 ]
 

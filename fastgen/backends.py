@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from fastgen import tuned
 from fastgen.errors import UsageError
 
 BACKENDS = ("reference", "cpp", "triton", "cuda")
@@ -115,11 +116,16 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def resolve(op: str, device: torch.device, backend: str | None = None, wins: bool = True) -> str:
+def resolve(
+    op: str, device: torch.device, backend: str | None = None, wins: bool = True, like: tuple[Any, ...] = ()
+) -> str:
     """The backend that ``op`` runs on for tensors on ``device``; ``backend`` is the caller's argument.
 
-    Where nobody names one and no kernel ``wins`` for the tensors at hand, that is plain PyTorch.
+    Where nobody names one: what `fastgen.tune` measured for tensors ``like`` these (a tensor [N, *], then whatever
+    else decides); if it measured nothing, plain PyTorch where no kernel ``wins``, and else what AUTO says.
     """
+    if _recorders and like:
+        _recorders[-1](op, like)
     if backend is not None:
         return _pick(op, device.type, _parse(backend, "backend"), "backend")
     chosen = _choice.get()
@@ -128,7 +134,26 @@ def resolve(op: str, device: torch.device, backend: str | None = None, wins: boo
     environment = os.environ.get("FASTGEN_BACKEND")
     if environment:
         return _pick(op, device.type, _parse(environment, "FASTGEN_BACKEND"), "FASTGEN_BACKEND")
+    if like and device.type == "cuda":
+        measured = tuned.here(device).backends
+        if measured:
+            found = measured.get(tuned.key(op, like))
+            if found is not None and why_not(op, found, device.type) is None:
+                return found
     return _auto(op, device.type) if wins else "reference"
+
+
+_recorders: list[Callable[[str, tuple[Any, ...]], None]] = []
+
+
+@contextlib.contextmanager
+def recording(note: Callable[[str, tuple[Any, ...]], None]) -> Iterator[None]:
+    """Within the block, ``note(op, like)`` is called for every op that asks for its backend."""
+    _recorders.append(note)
+    try:
+        yield
+    finally:
+        _recorders.remove(note)
 
 
 def left_to_pytorch(op: str, x: torch.Tensor, backend: str | None) -> bool:
@@ -210,9 +235,18 @@ def _native(backend: str, op: str) -> Callable | None:
 def kernel(op: str, function: str, backend: str) -> Callable[..., None]:
     """The launcher ``function`` of ``op``: it fills the outputs it is given. All backends share its signature."""
     if backend == "triton":
+        _use_tuned()
         return getattr(importlib.import_module(f"fastgen.kernels.{STEMS[op]}"), function)
     library_error("cpu" if backend == "cpp" else "cuda")
     return getattr(getattr(torch.ops, f"fastgen_{backend}"), function).default
+
+
+@functools.cache
+def _use_tuned() -> None:
+    """Hands the configurations that `fastgen.tune` found on this GPU to the launchers, which import nothing of ours."""
+    if torch.cuda.is_available():
+        found = tuned.here(torch.device("cuda", torch.cuda.current_device())).configurations
+        importlib.import_module("fastgen.kernels._tuning").CHOSEN.update(found)
 
 
 def build_info() -> dict[str, Any]:

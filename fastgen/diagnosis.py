@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fastgen import backends
+from fastgen import backends, tuned
 from fastgen.ops import weights
 from fastgen.version import __version__
 
@@ -111,7 +111,17 @@ def _libraries() -> dict[str, str]:
         else:
             found[kind] = error or "loaded"
     found["triton"] = "installed" if importlib.util.find_spec("triton") else "not installed: pip install triton"
+    found["tuned"] = _tuned()
     return found
+
+
+def _tuned() -> str:
+    if not torch.cuda.is_available():
+        return "no: fastgen.tune() is for GPUs"
+    device = torch.device("cuda", torch.cuda.current_device())
+    calls = len(tuned.here(device).backends)
+    file = tuned.path(torch.cuda.get_device_name(device))
+    return f"{calls} shapes ({file})" if calls else "no: fastgen.tune() measures this GPU"
 
 
 def _cache() -> dict[str, Any]:

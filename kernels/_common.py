@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._tuning import configuration
+
 # Launch options. EXACT: a * b + c is rounded twice, as in PyTorch, so that noise and pixels come out bit for bit the
 # same. FUSED: it may be rounded once. One of them is always given, for Triton's own default is about to change.
 EXACT = {"enable_fp_fusion": False}
@@ -47,9 +49,14 @@ def image_size(x: Tensor) -> int:
     return math.prod(x.shape[1:])
 
 
-def block_size(size: int) -> int:
-    """Elements of one image that a program of 4 warps takes: a power of two, which size need not divide."""
-    return min(1024, max(128, triton.next_power_of_2(size)))
+def block_size(kernel: str, x: Tensor) -> dict[str, int]:
+    """BLOCK elements of an image of x [N, *] that a program takes, and its num_warps: a power of two, which the size
+    of an image need not divide."""
+    most = triton.next_power_of_2(image_size(x))
+    # The first is what moves 16 bytes a thread in bf16; the others trade programs for work in each.
+    found = ((1024, 4), (2048, 4), (2048, 8), (4096, 8), (512, 4), (256, 2))
+    fitting = [{"BLOCK": min(block, max(128, most)), "num_warps": warps} for block, warps in found]
+    return configuration(kernel, [c for i, c in enumerate(fitting) if c not in fitting[:i]], x)
 
 
 def channels_last(x: Tensor) -> bool:
@@ -57,18 +64,18 @@ def channels_last(x: Tensor) -> bool:
     return not x.is_contiguous()
 
 
-def by_blocks(x: Tensor, generated: bool) -> tuple[tuple[int], dict[str, Any]]:
+def by_blocks(kernel: str, x: Tensor, generated: bool) -> tuple[tuple[int], dict[str, Any]]:
     """The grid of one program for every block of every image of x [N, *], and what such kernels have in common.
 
     Only generated noise has to know which element is which (see `element_offset`); everything else
     may take images of any layout in the order of memory.
     """
     size, strided = image_size(x), generated and channels_last(x)
-    block, channels = block_size(size), x.shape[1] if strided else 1
-    blocks = triton.cdiv(size, block)
+    config, channels = block_size(kernel, x), x.shape[1] if strided else 1
+    blocks = triton.cdiv(size, config["BLOCK"])
     return (len(x) * blocks,), {
         "size": size, "blocks": blocks, "channels": channels, "positions": size // channels, "CHANNELS_LAST": strided,
-        "WIDE": wide_type(x), "INDEX": index_type(size), "BLOCK": block, **EXACT,
+        "WIDE": wide_type(x), "INDEX": index_type(size), **config, **EXACT,
     }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ._activations import activate, activate_grad
 from ._common import channels_last, image_size, index_type, wide_type
+from ._tuning import configuration
 
 FUSED_SHARE = 16384  # elements up to which one program takes whole groups
 SPLITS = 256  # chunks of positions at most
@@ -30,12 +31,14 @@ def sizes(x: Tensor, y: Tensor, num_groups: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def tile_size(y: Tensor) -> int:
-    """Elements of a tile, which a program of 4 warps holds in registers."""
-    return 512 if y.dtype == torch.float64 else 2048
+def tile_size(kernel: str, y: Tensor) -> tuple[int, int]:
+    """Elements of a tile, which a program holds in registers, and its warps."""
+    found = ((2048, 4), (4096, 8), (1024, 4), (2048, 8)) if y.dtype != torch.float64 else ((512, 4),)
+    config = configuration(kernel, [{"TILE": tile, "num_warps": warps} for tile, warps in found], y)
+    return config["TILE"], config["num_warps"]
 
 
-def fused_blocks(y: Tensor, num_groups: int) -> dict[str, int] | None:
+def fused_blocks(kernel: str, y: Tensor, num_groups: int) -> dict[str, int] | None:
     """Block sizes of the one-kernel way for y [N, C, *], or None where its groups are too large for it.
 
     A program takes BUNDLE groups: enough for some work, or for 16 channels side by side in channels_last.
@@ -46,21 +49,23 @@ def fused_blocks(y: Tensor, num_groups: int) -> dict[str, int] | None:
     block_k = triton.next_power_of_2(channels)
     if block_k > 256 or bundle * channels * positions > FUSED_SHARE:
         return None
-    block_s = min(triton.next_power_of_2(positions), max(1, tile_size(y) // (bundle * block_k)))
-    return {"BUNDLE": bundle, "BLOCK_K": block_k, "BLOCK_S": block_s}
+    tile, warps = tile_size(kernel, y)
+    block_s = min(triton.next_power_of_2(positions), max(1, tile // (bundle * block_k)))
+    return {"BUNDLE": bundle, "BLOCK_K": block_k, "BLOCK_S": block_s, "num_warps": warps}
 
 
-def split_blocks(y: Tensor) -> tuple[dict[str, int], int, int]:
+def split_blocks(kernel: str, y: Tensor) -> tuple[dict[str, int], int, int]:
     """Block sizes of the three-kernel way for y [N, C, *], positions per chunk, number of chunks."""
     channels, positions = y.shape[1], image_size(y) // y.shape[1]
     most_c, most_s = triton.next_power_of_2(channels), triton.next_power_of_2(positions)
+    tile, warps = tile_size(kernel, y)
     if channels_last(y):
-        block_c = min(most_c, max(32, tile_size(y) // most_s))
+        block_c = min(most_c, max(32, tile // most_s))
     else:
-        block_c = min(most_c, tile_size(y) // min(512, most_s))
-    block_s = min(most_s, tile_size(y) // block_c)
+        block_c = min(most_c, tile // min(512, most_s))
+    block_s = min(most_s, tile // block_c)
     chunk = max(4, triton.cdiv(positions, SPLITS * block_s)) * block_s
-    return {"BLOCK_C": block_c, "BLOCK_S": block_s}, chunk, triton.cdiv(positions, chunk)
+    return {"BLOCK_C": block_c, "BLOCK_S": block_s, "num_warps": warps}, chunk, triton.cdiv(positions, chunk)
 
 
 @triton.jit

@@ -45,7 +45,7 @@ def batch_norm_act_fwd(
     if x.numel() == 0:
         return
     n, shape = len(x), _sizes(x)
-    blocks, chunk, splits = split_blocks(x)
+    blocks, chunk, splits = split_blocks("batch_norm_act_fwd", x)
     columns = triton.cdiv(x.shape[1], blocks["BLOCK_C"])
     with on_device_of(x):
         if training:
@@ -74,7 +74,7 @@ def batch_norm_act_bwd(
         dbias.zero_()
         return
     n, shape, given = len(x), _sizes(x), (dy, x, residual, weight, bias, mean, var)
-    blocks, chunk, splits = split_blocks(x)
+    blocks, chunk, splits = split_blocks("batch_norm_act_bwd", x)
     columns = triton.cdiv(x.shape[1], blocks["BLOCK_C"])
     with on_device_of(x):
         partial = mean.new_empty(2, n, x.shape[1], splits)

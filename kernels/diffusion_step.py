@@ -26,7 +26,7 @@ def diffusion_step_fwd(
     """
     if x_t.numel() == 0:
         return
-    grid, common = by_blocks(x_t, seeds is not None)
+    grid, common = by_blocks("diffusion_step", x_t, seeds is not None)
     with on_device_of(x_t):
         diffusion_step_fwd_kernel[grid](
             x_t, model_out, coefficients, step, guidance, history, noise, seeds, x_next,

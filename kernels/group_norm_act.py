@@ -53,13 +53,13 @@ def group_norm_act_fwd(
         return
     n, parameters, shape = len(y), (weight, bias, scale, shift), sizes(x, y, num_groups)
     with on_device_of(y):
-        fused = fused_blocks(y, num_groups)
+        fused = fused_blocks("group_norm_act_fwd", y, num_groups)
         if fused:
             group_norm_act_fwd_kernel[(n * triton.cdiv(num_groups, fused["BUNDLE"]),)](
                 x, skip, *parameters, y, mean, rstd, **shape, EPS=eps, ACT=act, **fused, **FUSED
             )
             return
-        blocks, chunk, splits = split_blocks(y)
+        blocks, chunk, splits = split_blocks("group_norm_act_fwd", y)
         columns = triton.cdiv(y.shape[1], blocks["BLOCK_C"])
         partial = mean.new_empty(2, n, y.shape[1], splits)
         group_norm_act_fwd_partial_kernel[(n * columns * splits,)](
@@ -89,13 +89,13 @@ def group_norm_act_bwd(
         return
     n, parameters, shape = len(dy), (weight, bias, scale, shift, mean, rstd), sizes(x, dy, num_groups)
     with on_device_of(dy):
-        fused = fused_blocks(dy, num_groups)
+        fused = fused_blocks("group_norm_act_bwd", dy, num_groups)
         if fused:
             group_norm_act_bwd_kernel[(n * triton.cdiv(num_groups, fused["BUNDLE"]),)](
                 dy, x, skip, *parameters, dx, dskip, sum_dz, sum_dz_xhat, **shape, ACT=act, **fused, **FUSED
             )
             return
-        blocks, chunk, splits = split_blocks(dy)
+        blocks, chunk, splits = split_blocks("group_norm_act_bwd", dy)
         columns = triton.cdiv(dy.shape[1], blocks["BLOCK_C"])
         partial, group_means = mean.new_empty(2, n, dy.shape[1], splits), mean.new_empty(2, n, num_groups)
         group_norm_act_bwd_partial_kernel[(n * columns * splits,)](

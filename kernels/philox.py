@@ -24,11 +24,11 @@ def _launch(kernel: triton.JITFunction, seeds: Tensor, step: int, stream: int, o
     if out.numel() == 0:
         return
     size = image_size(out)
-    block = block_size(size)
-    blocks = triton.cdiv(size, block)
+    config = block_size("philox", out)
+    blocks = triton.cdiv(size, config["BLOCK"])
     with on_device_of(out):
         kernel[(len(out) * blocks,)](
-            seeds, out, step, size, blocks, STREAM=stream, INDEX=index_type(size), BLOCK=block, **EXACT
+            seeds, out, step, size, blocks, STREAM=stream, INDEX=index_type(size), **config, **EXACT
         )
 
 

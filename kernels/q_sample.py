@@ -22,7 +22,7 @@ def q_sample_fwd(
     """
     if x0.numel() == 0:
         return
-    grid, common = by_blocks(x0, seeds is not None)
+    grid, common = by_blocks("q_sample", x0, seeds is not None)
     with on_device_of(x0):
         q_sample_fwd_kernel[grid](x0, t, table, noise, seeds, x_t, noise_out, **common)
 

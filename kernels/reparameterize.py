@@ -25,7 +25,7 @@ def reparameterize_fwd(
     if mu.numel() == 0:
         kl.zero_()
         return
-    grid, common = by_blocks(mu, seeds is not None)
+    grid, common = by_blocks("reparameterize_fwd", mu, seeds is not None)
     # Each block's share of kl has its own place, so that the sum has one order: no atomics.
     shares = kl[:, None] if common["blocks"] == 1 else kl.new_empty(len(mu), common["blocks"])
     with on_device_of(mu):
@@ -41,7 +41,7 @@ def reparameterize_bwd(
     """Fills dmu and dlogvar [N, *] from dz [N, *] and dkl [N], either of which may be None, for zero."""
     if mu.numel() == 0:
         return
-    grid, common = by_blocks(mu, seeds is not None)
+    grid, common = by_blocks("reparameterize_bwd", mu, seeds is not None)
     with on_device_of(mu):
         reparameterize_bwd_kernel[grid](dz, dkl, mu, logvar, noise, seeds, dmu, dlogvar, **common)
 

@@ -14,13 +14,13 @@ def to_uint8_fwd(x: Tensor, out: Tensor) -> None:
     if x.numel() == 0:
         return
     size = image_size(x)
-    block = block_size(size)
-    blocks = triton.cdiv(size, block)
+    config = block_size("to_uint8", x)
+    blocks = triton.cdiv(size, config["BLOCK"])
     channels = 1 if channels_last(x) else x.shape[1]  # channels_last is the order of ``out`` already
     with on_device_of(x):
         to_uint8_fwd_kernel[(len(x) * blocks,)](
             x, out, size, blocks, size // channels, CHANNELS=channels,
-            WIDE=wide_type(x), INDEX=index_type(size), BLOCK=block, **EXACT,
+            WIDE=wide_type(x), INDEX=index_type(size), **config, **EXACT,
         )  # fmt: skip
 
 

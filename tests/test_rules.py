@@ -30,6 +30,7 @@ LAYERS: list[set[str]] = [
     {"__main__"},
     {"cli"},
     {"folder", "metrics", "replaying"},
+    {"tuning"},
     {"testing", "diagnosis", "training", "sampling"},
     {"arguments"},
     {"images"},
@@ -39,6 +40,7 @@ LAYERS: list[set[str]] = [
     {"nn"},
     {"ops"},
     {"backends"},
+    {"tuned"},
     {"errors", "version", "kernels"},
 ]
 # The package itself, fastgen/__init__.py, loads everything on first use, and itself imports only:

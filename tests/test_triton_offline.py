@@ -261,15 +261,35 @@ def main(target: str, level: str) -> None:
     compiled: dict[str, dict[str, Any]] = {}
     for name, call in configurations(level):
         launched.clear()
-        call()
+        for _ in _choices(call) if level == "all" else [call()]:
+            pass
         for function, args, kwargs in launched:
             source, options = _source(function, args, kwargs)
             result = {"kernel": function.__name__, "configuration": f"{level}: {name}"}
-            compiled.setdefault(source.hash(), {**result, "source": source, "options": options})
+            compiled.setdefault(
+                f"{source.hash()} {sorted(options.items())}", {**result, "source": source, "options": options}
+            )
     for result in compiled.values():
         result["faults"] = _faults(target, **result)
         del result["source"], result["options"]
     print(json.dumps({"kernels": _kernels(), "compiled": list(compiled.values())}))
+
+
+def _choices(call: Callable[[], None]) -> Iterator[None]:
+    """Makes the call once with each of the configurations that `fastgen.tune` may choose for its kernels."""
+    from fastgen.kernels import _tuning
+
+    most = [1]
+    for i in itertools.count():
+        if i == most[0]:
+            return
+
+        def choose(key: Any, options: Any, i: int = i) -> Any:
+            most[0] = max(most[0], len(options))
+            return options[min(i, len(options) - 1)]
+
+        _tuning.choosers[:] = [choose]
+        yield call()
 
 
 def _kernels() -> list[str]:

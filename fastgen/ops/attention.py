@@ -88,7 +88,7 @@ def _resolve(q: Tensor, k: Tensor, backend: str | None) -> str:
     PyTorch's are by a few percent the better; in fp64 the kernel's exponential is slow."""
     small = q.shape[3] <= 64 and k.shape[2] * k.shape[3] <= 2**15
     wins = q.dtype in (torch.float16, torch.bfloat16) or (q.dtype == torch.float32 and small)
-    return backends.resolve("attention", q.device, backend, wins)
+    return backends.resolve("attention", q.device, backend, wins, (q, k.shape[2]))
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, scale: Any, causal: bool, backend: Any) -> tuple[Tensor, Tensor]:

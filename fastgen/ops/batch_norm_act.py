@@ -154,7 +154,7 @@ def _forward(
     residual: Any, backend: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """-> y [N, C, *], mean [C], var [C]: the statistics that x was normalised by."""
-    backend = backends.resolve("batch_norm_act", x.device, backend)
+    backend = backends.resolve("batch_norm_act", x.device, backend, like=(x,))
     x = dense(x)
     residual = dense(residual, like=x)
     if backend == "reference" or x.numel() == 0:
@@ -185,7 +185,7 @@ def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.mark_non_differentiable(mean, var)
     ctx.save_for_backward(x, weight, bias, residual, mean, var)
     ctx.training, ctx.eps, ctx.act = training, eps, act
-    ctx.backend = backends.resolve("batch_norm_act", x.device, backend)
+    ctx.backend = backends.resolve("batch_norm_act", x.device, backend, like=(x,))
 
 
 def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple:
@@ -220,7 +220,7 @@ def _backward_op(
     dy: Tensor, x: Tensor, weight: Any, bias: Any, residual: Any, mean: Tensor, var: Tensor, training: bool,
     eps: float, act: str, backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    backend = backends.resolve("batch_norm_act", x.device, backend)
+    backend = backends.resolve("batch_norm_act", x.device, backend, like=(x,))
     x = dense(x)
     residual, dy = dense(residual, like=x), dense(dy, like=x)
     if backend == "reference" or x.numel() == 0:

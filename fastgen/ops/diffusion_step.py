@@ -126,7 +126,7 @@ def _forward(
     x_t: Tensor, model_out: Tensor, coefficients: Tensor, step: Tensor, guidance: Any, clip: float | None,
     history: Any, keep: int, noise: Any, seeds: Any, backend: str | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    backend = backends.resolve("diffusion_step", x_t.device, backend)
+    backend = backends.resolve("diffusion_step", x_t.device, backend, like=(x_t,))
     if backend == "reference":
         name = next(k for k, v in KEEP.items() if v == keep)
         x_next, kept = diffusion_step_reference(

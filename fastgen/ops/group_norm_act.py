@@ -125,7 +125,7 @@ def _forward(
     backend: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> y [N, C + C2, *], mean [N, G], rstd [N, G]."""
-    backend = backends.resolve("group_norm_act", x.device, backend)
+    backend = backends.resolve("group_norm_act", x.device, backend, like=(x, num_groups))
     if backend == "reference" or x.numel() == 0:
         y = group_norm_act_reference(x, num_groups, weight, bias, eps, act, scale, shift, skip)
         y = y.contiguous(memory_format=layout(x))
@@ -169,7 +169,7 @@ def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.mark_non_differentiable(mean, rstd)
     ctx.save_for_backward(x, weight, bias, scale, shift, skip, mean, rstd)
     ctx.num_groups, ctx.eps, ctx.act = num_groups, eps, act
-    ctx.backend = backends.resolve("group_norm_act", x.device, backend)
+    ctx.backend = backends.resolve("group_norm_act", x.device, backend, like=(x, num_groups))
 
 
 def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple:
@@ -249,7 +249,7 @@ def _backward_op(
     dy: Tensor, x: Tensor, num_groups: int, weight: Any, bias: Any, eps: float, act: str,
     scale: Any, shift: Any, skip: Any, mean: Tensor, rstd: Tensor, backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    backend = backends.resolve("group_norm_act", x.device, backend)
+    backend = backends.resolve("group_norm_act", x.device, backend, like=(x, num_groups))
     none = x.new_empty(0)
     if backend == "reference" or x.numel() == 0:
         with torch.no_grad():

@@ -62,7 +62,7 @@ def _forward(
     x0: Tensor, t: Tensor, table: Tensor, noise: Any, seeds: Any, backend: str | None
 ) -> tuple[Tensor, Tensor]:
     """-> x_t [N, *] and the noise it made [N, *], or [0] where noise was given (an op may not return its input)."""
-    backend = backends.resolve("q_sample", x0.device, backend)
+    backend = backends.resolve("q_sample", x0.device, backend, like=(x0,))
     if backend == "reference":
         x_t, made = (y.contiguous(memory_format=layout(x0)) for y in q_sample_reference(x0, t, table, noise, seeds))
         return x_t, made if noise is None else x0.new_empty(0)

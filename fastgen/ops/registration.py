@@ -8,7 +8,8 @@ a third of the overhead); everything else, from torch.compile to functorch, sees
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -66,6 +67,8 @@ class FusedOp:
             LIB.impl(self.name, cast, f"Autocast{device}")
 
     def __call__(self, *args: Any) -> Any:
+        if _recorders:
+            _recorders[-1](self, args)
         if torch.compiler.is_compiling():
             return self.op(*args)
         if self.function is not None and torch._C._functorch.peek_interpreter_stack() is not None:
@@ -75,6 +78,19 @@ class FusedOp:
         if self.apply is not None and torch.is_grad_enabled() and _any_requires_grad(args):
             return self.apply(*args)
         return self.forward(*args)
+
+
+_recorders: list[Callable[[FusedOp, tuple], None]] = []
+
+
+@contextmanager
+def recording(note: Callable[[FusedOp, tuple], None]) -> Iterator[None]:
+    """Within the block, ``note(op, args)`` is called before every op."""
+    _recorders.append(note)
+    try:
+        yield
+    finally:
+        _recorders.remove(note)
 
 
 def _is_plain(args: Sequence[Any]) -> bool:

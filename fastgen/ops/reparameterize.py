@@ -72,7 +72,7 @@ def reparameterize_reference(
 def _forward(
     mu: Tensor, logvar: Tensor, noise: Tensor | None, seeds: Tensor | None, backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    backend = backends.resolve("reparameterize", mu.device, backend)
+    backend = backends.resolve("reparameterize", mu.device, backend, like=(mu,))
     if backend == "reference":
         z, kl = reparameterize_reference(mu, logvar, noise, seeds)
         return dense(z, like=mu), kl
@@ -89,7 +89,7 @@ def _fake(mu: Tensor, logvar: Tensor, noise: Any, seeds: Any, backend: Any = Non
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     mu, logvar, noise, seeds, backend = inputs
     ctx.save_for_backward(mu, logvar, noise, seeds)
-    ctx.backend = backends.resolve("reparameterize", mu.device, backend)
+    ctx.backend = backends.resolve("reparameterize", mu.device, backend, like=(mu,))
 
 
 def _backward(ctx: Any, dz: Tensor | None, dkl: Tensor | None) -> tuple:
@@ -109,7 +109,7 @@ def _backward_op(
     dz: Tensor | None, dkl: Tensor | None, mu: Tensor, logvar: Tensor, noise: Any, seeds: Any, backend: str | None
 ) -> tuple[Tensor, Tensor]:
     """dmu = dz + dkl mu;  dlogvar = 1/2 (dz noise exp(logvar/2) + dkl (exp(logvar) - 1))."""
-    backend = backends.resolve("reparameterize", mu.device, backend)
+    backend = backends.resolve("reparameterize", mu.device, backend, like=(mu,))
     if backend == "reference":
         with torch.no_grad():
             dmu, dlogvar = _vjp(dz, dkl, mu, logvar, noise, seeds)

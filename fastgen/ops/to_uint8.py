@@ -30,7 +30,7 @@ def to_uint8_reference(x: Tensor) -> Tensor:
 
 
 def _forward(x: Tensor, backend: str | None) -> Tensor:
-    backend = backends.resolve("to_uint8", x.device, backend)
+    backend = backends.resolve("to_uint8", x.device, backend, like=(x,))
     if backend == "reference":
         return to_uint8_reference(x)
     out = _fake(x)
