@@ -32,37 +32,41 @@ from torch import Tensor
 
 from . import _common
 from ._common import EXACT, index_type, on_device_of, wide_type
+from ._tuning import configuration
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LARGEST_HEAD = 256
 
 
-def blocks(kernel: str, architecture: str, dtype: torch.dtype, d: int, length: int, keys: int) -> dict[str, int]:
-    """The configuration of a kernel ("fwd", "dq" or "dkv"): the only place where one is chosen.
+def blocks(kernel: str, architecture: str, dtype: torch.dtype, d: int, length: int, keys: int) -> list[dict[str, int]]:
+    """The configurations of a kernel ("fwd", "dq" or "dkv") for `configuration` to choose from, best guess first.
 
-    -> BLOCK_M queries, BLOCK_N keys, num_warps, num_stages. Neither the batch nor the heads decide,
-    so an image gives the same bits in any batch.
+    BLOCK_M queries, BLOCK_N keys, num_warps, num_stages. Neither the batch nor the heads decide, so an
+    image gives the same bits in any batch.
     """
-    width, half = max(16, triton.next_power_of_2(d)), dtype in (torch.float16, torch.bfloat16)
-    if not architecture:  # the interpreter: small, and of all relations that occur
-        m, n, warps, stages = (64, 32, 4, 1) if kernel == "fwd" else (32, 64, 4, 1)
-    elif not half:
+    width = max(16, triton.next_power_of_2(d))
+    if not architecture:  # the interpreter: small, and more queries than keys or fewer
+        found = [(64, 32, 4, 1)] if kernel == "fwd" else [(32, 64, 4, 1)]
+    elif dtype not in (torch.float16, torch.bfloat16):
         size = 16 if width > 64 or dtype == torch.float64 else 32
-        m, n, warps, stages = size, size, 4, 1
-    elif architecture.startswith("sm_"):
-        if width <= 64:
-            m, n, warps, stages = {"fwd": (128, 128, 8, 3), "dq": (128, 64, 8, 3), "dkv": (64, 128, 8, 2)}[kernel]
-        elif width <= 128:
-            m, n, warps, stages = {"fwd": (128, 64, 8, 2), "dq": (64, 64, 8, 2), "dkv": (64, 64, 8, 2)}[kernel]
-        else:
-            m, n, warps, stages = {"fwd": (64, 32, 8, 1), "dq": (32, 32, 8, 1), "dkv": (32, 32, 8, 1)}[kernel]
-    else:
+        found = [(size, size, 4, 1)]
+    elif architecture.startswith("gfx"):  # more registers with fewer warps
         m, n = (128, 64) if kernel == "fwd" else (64, 64)
-        m, n, warps, stages = min(m, m * 64 // width), min(n, n * 128 // width), 4, 1
-    m, n = (min(x, max(16, triton.next_power_of_2(y))) for x, y in ((m, length), (n, keys)))
-    own = n if kernel == "dkv" else m
-    warps = min(warps, own // 16)
-    return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
+        found = [(min(m, m * 64 // width), min(n, n * 128 // width), 4, 1)]
+    elif width > 128:
+        found = {"fwd": [(64, 32, 8, 1)], "dq": [(32, 32, 8, 1)], "dkv": [(32, 32, 8, 1)]}[kernel]
+    elif width > 64:
+        found = {"fwd": [(128, 64, 8, 2)], "dq": [(64, 64, 8, 2)], "dkv": [(64, 64, 8, 2)]}[kernel]
+    elif architecture < "sm_9":
+        found = {"fwd": [(128, 128, 8, 3)], "dq": [(128, 64, 8, 3)], "dkv": [(32, 128, 8, 2), (64, 64, 8, 2)]}[kernel]
+    else:
+        found = {"fwd": [(128, 128, 8, 3)], "dq": [(128, 64, 8, 3)], "dkv": [(64, 128, 8, 2)]}[kernel]
+    fitting = []
+    for m, n, warps, stages in found:
+        m, n = min(m, max(16, triton.next_power_of_2(length))), min(n, max(16, triton.next_power_of_2(keys)))
+        warps = min(warps, (n if kernel == "dkv" else m) // 16)
+        fitting.append({"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages})
+    return [c for i, c in enumerate(fitting) if c not in fitting[:i]]
 
 
 def attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, out: Tensor, sums: Tensor) -> None:
@@ -71,7 +75,7 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, o
     q: [N, h, L, D]; k, v: [N, h, S, D]; of any strides with the last dimension dense.
     Raises ValueError where D is more than 256.
     """
-    config = blocks("fwd", *_case(q, k))
+    config = _configuration("fwd", q, k)
     tensors, common = _prepare((q, k, v, out), q, k, scale, causal)
     grid = (q.shape[0] * q.shape[1] * triton.cdiv(q.shape[2], config["BLOCK_M"]),)
     with on_device_of(q):
@@ -88,13 +92,13 @@ def attention_bwd(
     """
     heads, delta = q.shape[0] * q.shape[1], torch.empty_like(sums[0])
     with on_device_of(q):
-        config = blocks("dq", *_case(q, k))
+        config = _configuration("dq", q, k)
         tensors, common = _prepare((dout, q, k, v, dq), q, k, scale, causal)
         attention_bwd_dq_kernel[(heads * triton.cdiv(q.shape[2], config["BLOCK_M"]),)](
             *tensors, *sums, delta, **common, MASKED=_masked(k, causal, config),
             ONCE=k.shape[2] <= config["BLOCK_N"], **config, **EXACT,
         )  # fmt: skip
-        config = blocks("dkv", *_case(q, k))
+        config = _configuration("dkv", q, k)
         tensors, common = _prepare((dout, q, k, v, dk, dv), q, k, scale, causal)
         attention_bwd_dkv_kernel[(heads * triton.cdiv(k.shape[2], config["BLOCK_N"]),)](
             *tensors, *sums, delta, **common, **config, **EXACT
@@ -104,8 +108,9 @@ def attention_bwd(
         dk.mul_(0)
 
 
-def _case(q: Tensor, k: Tensor) -> tuple[str, torch.dtype, int, int, int]:
-    return _common.architecture(q), q.dtype, q.shape[3], q.shape[2], k.shape[2]
+def _configuration(kernel: str, q: Tensor, k: Tensor) -> dict[str, int]:
+    options = blocks(kernel, _common.architecture(q), q.dtype, q.shape[3], q.shape[2], k.shape[2])
+    return configuration(f"attention_{kernel}", options, q, k)
 
 
 def _masked(k: Tensor, causal: bool, config: dict[str, int]) -> bool:
@@ -122,7 +127,8 @@ def _prepare(
         raise ValueError(f"q has a head dim of {d}; Triton's kernels take up to {LARGEST_HEAD}: use another backend")
     unit = math.gcd(16, *(s for x in tensors for s in x.stride()[:3]))
     extent = max((x.shape[2] + 256) * x.stride(2) for x in tensors)  # a block may reach beyond the last row
-    high = torch.tensor(scale, dtype=torch.float32).item()  # a float argument reaches a kernel in fp32
+    mantissa, exponent = math.frexp(scale)  # a float argument reaches a kernel in fp32, which fp64's are two of
+    high = math.ldexp(round(mantissa * 2**24), exponent - 24)
     return [a for x in tensors for a in (x, *(s // unit for s in x.stride()[:3]))], {
         "heads": q.shape[1], "length": q.shape[2], "keys": k.shape[2], "scale_high": high, "scale_low": scale - high,
         "D": d, "UNIT": unit, "CAUSAL": causal, "WIDE": wide_type(q), "INDEX": index_type(extent),
