@@ -61,10 +61,11 @@ def blocks(kernel: str, architecture: str, dtype: torch.dtype, d: int, length: i
         found = {"fwd": [(128, 128, 8, 3)], "dq": [(128, 64, 8, 3)], "dkv": [(32, 128, 8, 2), (64, 64, 8, 2)]}[kernel]
     else:
         found = {"fwd": [(128, 128, 8, 3)], "dq": [(128, 64, 8, 3)], "dkv": [(64, 128, 8, 2)]}[kernel]
-    fitting = []
+    fitting, most = [], [max(16, triton.next_power_of_2(x)) for x in (length, keys)]
     for m, n, warps, stages in found:
-        m, n = min(m, max(16, triton.next_power_of_2(length))), min(n, max(16, triton.next_power_of_2(keys)))
-        warps = min(warps, (n if kernel == "dkv" else m) // 16)
+        if m > most[0] or n > most[1]:
+            m, n = min(m, most[0]), min(n, most[1])
+            warps = min(warps, 1 << ((m * n + max(m, n) * width) // 512).bit_length() - 1)
         fitting.append({"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages})
     return [c for i, c in enumerate(fitting) if c not in fitting[:i]]
 
