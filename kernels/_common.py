@@ -24,6 +24,16 @@ def on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
+def architecture(x: Tensor) -> str:
+    """The GPU that x is on, as "sm_90" or "gfx942"; "" elsewhere, the interpreter included."""
+    if not x.is_cuda:
+        return ""
+    properties = torch.cuda.get_device_properties(x.device)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
 def wide_type(x: Tensor) -> tl.dtype:
     """What a kernel computes in: fp64 for fp64 tensors, else fp32."""
     return tl.float64 if x.dtype == torch.float64 else tl.float32

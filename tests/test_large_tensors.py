@@ -144,6 +144,24 @@ def batch_norm_act(b: Batch) -> list[Tensor]:
     return [y]
 
 
+@probe(2 * 10 * 128)
+def attention(b: Batch) -> list[Tensor]:
+    """Heads one after the other in memory, or side by side within a token."""
+    from fastgen.kernels.attention import attention_bwd, attention_fwd
+
+    def empty() -> Tensor:
+        tokens = (10, 2) if b.channels_last else (2, 10)
+        x = lazy(b.n, *tokens, 128, dtype=torch.float16)
+        return x.transpose(1, 2) if b.channels_last else x
+
+    q, out, dq, dk, dv = (empty() for _ in range(5))
+    q[-1] = torch.randn(2, 10, 128, generator=torch.Generator().manual_seed(0))
+    sums = lazy(2, b.n, 2, 10, dtype=torch.float32)
+    attention_fwd(q, q, q, 0.1, False, out, sums)
+    attention_bwd(q, q, q, q, sums, 0.1, False, dq, dk, dv)
+    return [out, sums.transpose(0, 1), dq, dk, dv]
+
+
 @pytest.fixture
 def of_last_image(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """A call with n makes the interpreter run, of every grid of n images, the programs of the last one only."""

@@ -118,6 +118,7 @@ def configurations(level: str) -> Iterator[tuple[str, Callable[[], None]]]:
             yield from _elementwise(dtype, last, level)
             yield from _group_norm(dtype, last, level)
             yield from _batch_norm(dtype, last, level)
+        yield from _attention(dtype, level)
     if level == "representative":
         yield from _group_norm(torch.float64, True, level)
 
@@ -226,10 +227,35 @@ def _launch_batch_norm(
     batch_norm_act_bwd(x, x, *given, c, c, training, 1e-5, act, x, given[0], c, c)
 
 
+def _attention(dtype: Any, level: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Tokens [N, L, h, D] at D = 64 and 8; with "all" other widths and lengths, and causal."""
+    shapes = {(4, 256, 64, 256, False), (32, 256, 8, 256, False)}
+    if level == "huge":
+        shapes = {(2**14, 2**12, 32, 2**12, True)}
+    elif level == "all":
+        shapes |= {(4, 1024, d, 1024, d == 64) for d in (8, 16, 32, 40, 64, 80, 128, 256)}
+        shapes |= {(2, 49, 24, 7, False), (2, 49, 5, 130, True)}
+    for h, length, d, keys, causal in sorted(shapes):
+        name = f"{dtype} {h}x{length}x{d} keys={keys}{' causal' * causal}"
+        yield name, lambda a=(dtype, h, length, d, keys, causal): _launch_attention(*a)
+
+
+def _launch_attention(dtype: Any, h: int, length: int, d: int, keys: int, causal: bool) -> None:
+    import torch
+    from fastgen.kernels.attention import attention_bwd, attention_fwd
+
+    q, k = (_meta(dtype, False, 2, tokens, h, d).transpose(1, 2) for tokens in (length, keys))
+    sums = _meta(torch.float64 if dtype == torch.float64 else torch.float32, False, 2, 2, h, length)
+    attention_fwd(q, k, k, d**-0.5, causal, q, sums)
+    attention_bwd(q, q, k, k, sums, d**-0.5, causal, q, k, k)
+
+
 def main(target: str, level: str) -> None:
     """Prints the names of all kernels and what compiling each distinct launch gave."""
+    import fastgen.kernels._common
     import triton
 
+    fastgen.kernels._common.architecture = lambda x: target  # what a tensor's own device would say
     launched: list[tuple[Any, tuple, dict]] = []
     triton.JITFunction.run = lambda self, *args, grid, warmup, **kwargs: launched.append((self, args, kwargs))
     compiled: dict[str, dict[str, Any]] = {}

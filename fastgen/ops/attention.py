@@ -113,9 +113,9 @@ def _sdpa_with_sums(
     q: Tensor, k: Tensor, v: Tensor, scale: Any, causal: bool, out: Tensor, sums: Tensor
 ) -> tuple[Tensor, Tensor]:
     """On the CPU PyTorch's attention tells the logarithm of the sum, for a compiled backward may be another backend's
-    than its forward. Elsewhere there is no other backend, and nobody reads sums."""
+    than its forward. Elsewhere it does not, and such a backward makes NaN, which shows."""
     if q.device.type != "cpu":
-        return _lay(_sdpa(q, k, v, scale, causal), out), sums.zero_()
+        return _lay(_sdpa(q, k, v, scale, causal), out), sums.fill_(math.nan)
     made, logs = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
     sums[0], sums[1] = logs * _LOG2E, 1
     return _lay(made, out), sums

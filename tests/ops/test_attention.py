@@ -42,6 +42,8 @@ def test_head_dims(d):
     """Widths of one vector, of several and between; lengths of one row more than a block."""
     case = testing._attention(1, 2, 49, d, keys=130)
     for place in KERNELS:
+        if place.interpreted and d not in (1, 8, 17, 64, 130):
+            continue
         assert not errors(case, place, torch.float32, False)
 
 
@@ -51,7 +53,8 @@ def test_lengths(length, causal):
     for keys in (1, 8, 15, 16, 17, 127, 128, 129, 257):
         case = testing._attention(1, 1, length, 12, keys=keys, causal=causal)
         for place in KERNELS:
-            assert not errors(case, place, torch.float32, False), keys
+            if not place.interpreted or (length in (1, 7, 97) and keys in (1, 17, 129)):
+                assert not errors(case, place, torch.float32, False), keys
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
@@ -65,7 +68,8 @@ def test_scores_small_and_large(dtype, factor):
 
     case = testing.OpCase("attention", f"factor{factor}", make, ("q", "k", "v"))
     for place in KERNELS:
-        assert not errors(case, place, dtype, False)
+        if not place.interpreted or dtype != torch.bfloat16:
+            assert not errors(case, place, dtype, False)
 
 
 def test_maximum_that_grows_with_every_block():
