@@ -5,12 +5,13 @@
     y_n   = conv(x_n, d_nk · w'_kc · s'_nc · input_gain_nc) = d_n ⊙ conv((s'_n · input_gain_n) ⊙ x_n, w')
 
 (Karras et al. 2020, "Analyzing and improving the image quality of StyleGAN", section 2.2, with the scaling of Karras et
-al. 2021; mean s² runs over the batch). Without demodulation d = 1, w' = w, s' = s. The right side is how it is computed:
+al. 2021; mean s² runs over the batch). Without demodulation d = 1, w' = w, s' = s. The right side is what is computed:
 scaling activations costs two passes over maps, while weights for every image are N times the weights in memory and a
-convolution in N groups, which has neither Winograd's algorithm nor large matrices. There is no kernel of its own: the
-CPU's convolution already multiplies its input by a number for each image and channel as it reads it (`norm_act_conv2d`),
-and is used so where no gradient is recorded. Recorded, it is a product, `conv2d` and a product, with the derivatives
-of these. Legend: N batch, C input, K output channels, H W input, H' W' output size.
+convolution in N groups, without Winograd's algorithm or large matrices. There is no kernel of its own: the CPU's
+convolution can multiply its input by a number for each image and channel as it reads it (as `norm_act_conv2d` does),
+and so it goes where no gradient is recorded. Recorded, it is a product, `conv2d` and a product, with their derivatives.
+On an H200 (4.8 TB/s, 790 TFLOP/s) 8 bf16 maps of 512 channels and 64 · 64 pixels take 195 µs of arithmetic for K = 512,
+and the two products 28 µs of memory traffic. Legend: N batch, C input, K output channels, H W input, H' W' output size.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""modulated_conv2d: values and gradients beside weights for every image, second derivatives, the folded op, arguments."""
+"""modulated_conv2d beside weights for every image: values, first and second derivatives, the folded op, arguments."""
 
 import pytest
 import torch
