@@ -44,9 +44,10 @@ struct Geometry {
 template <typename W>
 std::vector<W> addends(const Geometry& g, const OptTensor& b) {
   std::vector<W> out(g.table ? g.width : g.channels, W(0));
-  if (b)
-    for (size_t i = 0; i < out.size(); ++i)
-      out[i] = in<W>(*b)[g.table ? g.channel(0, static_cast<int64_t>(i)) : static_cast<int64_t>(i)];
+  if (!b) return out;
+  const int64_t run = g.table ? g.step : 1;
+  for (auto i = out.begin(); i != out.end();)
+    for (int64_t c = 0; c < g.channels; ++c, i += run) std::fill_n(i, run, in<W>(*b)[c]);
   return out;
 }
 

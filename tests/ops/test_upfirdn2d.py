@@ -16,7 +16,6 @@ class TestUpfirdn2d(OpSuite):
 
 
 PLACES = places("upfirdn2d")
-NATIVE = [p for p in PLACES if not p.interpreted]
 
 
 def generator() -> torch.Generator:
@@ -33,13 +32,13 @@ def test_is_scipys_upfirdn_in_both_directions(up, down):
         expected = scipy.signal.upfirdn(f.double().numpy(), expected, up, down, axis=axis)
     for place in PLACES:
         here = x.to(place.device), f.to(place.device)
-        y = upfirdn2d(*here, up, down, (4, 4 + down), backend=place.backend)[0, 0].cpu()
+        y = upfirdn2d(*here, up, down, (4, 4 + down) * 2, backend=place.backend)[0, 0].cpu()
         h, w = min(len(y), len(expected)), min(y.shape[1], expected.shape[1])
         torch.testing.assert_close(y[:h, :w], torch.from_numpy(expected)[:h, :w])
 
 
 GEOMETRIES = [
-    ((2, 3, 17, 19), (4, 4), (2, 2), (1, 1), (2, 1, 2, 1)), ((2, 33, 8, 6), (12,), (2, 2), (1, 1), (6, 5, 6, 5)),
+    ((2, 3, 17, 19), (4, 4), (2, 2), (1, 1), (2, 1, 2, 1)), ((1, 18, 6, 5), (12,), (2, 2), (1, 1), (6, 5, 6, 5)),
     ((1, 17, 40, 50), (4, 4), (1, 1), (2, 2), (1, 1, 1, 1)), ((1, 2, 300, 21), (7,), (1, 1), (3, 3), (3, 3, 3, 3)),
     ((1, 2, 9, 200), (5, 3), (5, 1), (3, 4), (-3, 7, 2, -4)), ((1, 4, 3, 3), (24,), (4, 4), (1, 1), (14, 13, 14, 13)),
     ((1, 3, 6, 6), (2, 2), (5, 3), (1, 1), (0, 0, 0, 0)), ((2, 1, 5, 5), (5, 5), (1, 1), (1, 1), (0, 0, 0, 0)),
@@ -57,6 +56,8 @@ def test_other_geometries(shape, taps, up, down, padding, flip):
     dy = torch.randn(expected.shape, generator=generator(), dtype=torch.float64)
     (dx,) = torch.autograd.grad(expected, inputs["x"], dy)
     for place in PLACES:
+        if place.interpreted and inputs["x"].numel() > 3000:  # half a minute each
+            continue
         for last in (False, True):
             here = case.inputs(torch.float64, place.device, last)
             for n in (1,) if place.interpreted else (1, 2):
@@ -69,7 +70,9 @@ def test_other_geometries(shape, taps, up, down, padding, flip):
 
 @pytest.mark.parametrize("case", testing.cases("upfirdn2d"), ids=str)
 def test_second_derivatives(case):
-    for place in NATIVE:
+    for place in PLACES:
+        if place.interpreted and case not in TestUpfirdn2d.few_cases():
+            continue
         inputs = case.inputs(torch.float64, place.device)
         rest = {k: v for k, v in inputs.items() if k != "x"}
 
@@ -128,7 +131,7 @@ def test_helpers_keep_sizes_and_brightness(taps):
         y = downsample2d(x, here, **with_backend)
         assert y.shape == (1, 2, 12, 16)
         torch.testing.assert_close(y[..., 6, 8], x[..., 0, 0])
-        y = upsample2d(x, here, up=(1, 2), **with_backend)
+        y = upsample2d(x, here, up=(2, 1), **with_backend)
         assert y.shape == (1, 2, 24, 64)
         if taps % 2 == 0:  # of an odd filter the two phases differ
             torch.testing.assert_close(y[..., 11:13, 30:34], torch.ones(1, 2, 2, 4, device=place.device))
