@@ -19,6 +19,7 @@ from torch import Tensor
 from fastgen import ops
 from fastgen.diffusion.schedules import DiffusionConfig, forward_table
 from fastgen.ops.activations import ACTIVATIONS
+from fastgen.ops.bias_act import FUNCTIONS as BIAS_ACTIVATIONS
 
 Inputs = dict[str, Any]
 
@@ -207,6 +208,20 @@ def _batch_norm_act(
     return OpCase("batch_norm_act", "-".join(p for p in parts if p), make, differentiable, ("x", "residual"), bench)
 
 
+def _bias_act(
+    *shape: int, act: str = "lrelu", dim: int = 1, bias: bool = True, bench: bool = False, **options: Any
+) -> OpCase:
+    """options: alpha, gain, clamp."""
+
+    def make(g: torch.Generator) -> Inputs:
+        made: Inputs = {"x": _normal(g, *shape), "dim": dim, "act": act, **options}
+        return made | ({"b": _normal(g, shape[dim])} if bias else {})
+
+    parts = [_shape(*shape), act, dim != 1 and f"dim{dim}", not bias and "plain"]
+    parts += [f"{name}{value}" for name, value in options.items()]
+    return OpCase("bias_act", "-".join(str(p) for p in parts if p), make, ("x", "b"), ("x",), bench)
+
+
 def _conv2d(
     n: int, c: int, k: int, h: int, w: int, kernel: int = 3, *, norm: bool = False, bench: bool = False, skip: int = 0,
     each: bool = False, residual: bool = False, scale_shift: bool = False, groups: int = 4, **options: Any,
@@ -263,6 +278,22 @@ def _conv_norm_act(
     return OpCase(op, label, make, differentiable, ("x", "residual"), bench)
 
 
+def _modulated_conv2d(
+    n: int, c: int, k: int, h: int, w: int, kernel: int = 3, *, gain: tuple[int, ...] | None = None,
+    bench: bool = False, **options: Any,
+) -> OpCase:  # fmt: skip
+    """gain: the shape of input_gain. options: demodulate, padding."""
+
+    def make(g: torch.Generator) -> Inputs:
+        made: Inputs = {"x": _normal(g, n, c, h, w), "w": _normal(g, k, c, kernel, kernel), **options}
+        made["s"] = _normal(g, n, c) / 2 + 1
+        return made | ({} if gain is None else {"input_gain": _normal(g, *gain).abs() + 0.5})
+
+    parts = [_shape(n, c, k, h, w), f"{kernel}x{kernel}", *(f"{name}{value}" for name, value in options.items())]
+    label = "-".join([*parts, *([] if gain is None else [f"gain{len(gain)}"])])
+    return OpCase("modulated_conv2d", label, make, ("x", "w", "s", "input_gain"), ("x",), bench)
+
+
 def _geometry(made: Inputs) -> Inputs:
     names = ("skip", "stride", "padding", "dilation", "groups", "upsample")
     return {name: made[name] for name in names if name in made}
@@ -270,6 +301,22 @@ def _geometry(made: Inputs) -> Inputs:
 
 def _to_uint8(*shape: int, bench: bool = False) -> OpCase:
     return OpCase("to_uint8", _shape(*shape), lambda g: {"x": _normal(g, *shape)}, (), ("x",), bench)
+
+
+def _upfirdn2d(
+    *shape: int, taps: tuple[int, ...], up: tuple[int, int] = (1, 1), down: tuple[int, int] = (1, 1),
+    padding: tuple[int, ...] = (0, 0, 0, 0), flip: bool = False, bench: bool = False,
+) -> OpCase:  # fmt: skip
+    """taps: (fh, fw), or one number for a separable filter."""
+
+    def make(g: torch.Generator) -> Inputs:
+        f = _normal(g, *taps).float() / math.sqrt(math.prod(taps))
+        made: Inputs = {"x": _normal(g, *shape), "f": f, "up": list(up), "down": list(down), "padding": list(padding)}
+        return made | {"flip_filter": flip, "gain": float(math.prod(up))}
+
+    parts = [_shape(*shape), f"f{_shape(*taps)}", up != (1, 1) and f"up{_shape(*up)}"]
+    parts += [down != (1, 1) and f"down{_shape(*down)}", any(padding) and f"padding{padding}", flip and "flip"]
+    return OpCase("upfirdn2d", "-".join(str(p) for p in parts if p), make, ("x",), ("x",), bench)
 
 
 def _attention(
@@ -342,6 +389,17 @@ CASES: dict[str, list[OpCase]] = {
         _batch_norm_act(64, 64, 32, 32, training=True, running=True, act="leaky_relu", bench=True),
         _batch_norm_act(16, 64, 64, 64, training=False, residual=True, bench=True),
     ],
+    "bias_act": [
+        _bias_act(3, 5, 4, 7, act="swish", clamp=1.5), _bias_act(2, 6, 5, 9, clamp=1.0),
+        _bias_act(2, 3, 9, 11, act="tanh", bias=False, gain=0.5), _bias_act(1, 1, 1, 1), _bias_act(0, 4, 3, 3),
+        _bias_act(5, 12), _bias_act(7, dim=0, act="elu"), _bias_act(3, 4, 5, dim=2, act="softplus"),
+        _bias_act(4, 3, 2, 5, dim=0, act="selu", gain=2.0), _bias_act(2, 130, 3, 3, alpha=0.1),
+        _bias_act(2, 3, 37, 41, act="sigmoid"), _bias_act(2, 3, 5, 7, dim=3, act="swish"),
+        *(_bias_act(2, 4, 3, 5, act=act, clamp=0.75) for act in BIAS_ACTIVATIONS),
+        _bias_act(32, 512, 16, 16, clamp=256.0, bench=True), _bias_act(8, 128, 128, 128, clamp=256.0, bench=True),
+        _bias_act(4, 3, 256, 256, act="linear", clamp=256.0, bench=True), _bias_act(32, 512, bench=True),
+        _bias_act(8, 128, 64, 64, act="swish", bench=True),
+    ],
     "conv2d": [
         _conv2d(2, 8, 6, 5, 7, padding=1), _conv2d(2, 3, 4, 5, 4, padding=1, skip=2, each=True, act="silu"),
         _conv2d(2, 12, 20, 9, 8, padding=1, skip=5, each=True, act="silu"),
@@ -383,9 +441,32 @@ CASES: dict[str, list[OpCase]] = {
         _conv_norm_act(64, 256, 128, 16, 4, transposed=True, stride=2, padding=1, bench=True),
         _conv_norm_act(64, 512, 256, 8, 4, transposed=True, stride=2, padding=1, bench=True),
     ],
+    "modulated_conv2d": [
+        _modulated_conv2d(2, 5, 6, 7, 5, padding=1), _modulated_conv2d(3, 6, 4, 5, 6, demodulate=False, padding=(0, 2)),
+        _modulated_conv2d(2, 8, 3, 4, 4, 1, demodulate=False, gain=(8,)), _modulated_conv2d(1, 1, 1, 3, 3),
+        _modulated_conv2d(3, 7, 5, 6, 6, padding=2),
+        _modulated_conv2d(2, 24, 20, 13, 9, padding=1, gain=(2, 24)),
+        _modulated_conv2d(8, 256, 256, 16, 16, padding=1, bench=True),
+        _modulated_conv2d(4, 128, 128, 64, 64, padding=1, bench=True),
+        _modulated_conv2d(4, 128, 3, 64, 64, 1, demodulate=False, bench=True),
+    ],
     "to_uint8": [
         _to_uint8(2, 3, 5, 7), _to_uint8(1, 1, 1, 1), _to_uint8(0, 3, 4, 4), _to_uint8(2, 4, 33, 31),
         _to_uint8(16, 3, 256, 256, bench=True), _to_uint8(64, 3, 64, 64, bench=True),
+    ],
+    "upfirdn2d": [
+        _upfirdn2d(2, 3, 5, 7, taps=(4, 4), up=(2, 2), padding=(2, 1, 2, 1)),
+        _upfirdn2d(2, 4, 9, 8, taps=(6,), down=(2, 2), padding=(2, 2, 2, 2), flip=True),
+        _upfirdn2d(1, 1, 1, 1, taps=(1, 1)), _upfirdn2d(0, 2, 4, 4, taps=(3, 3)),
+        _upfirdn2d(2, 3, 6, 5, taps=(3, 5), up=(3, 2), down=(2, 3), padding=(1, 2, 0, 3)),
+        _upfirdn2d(1, 20, 7, 9, taps=(12,), up=(2, 1), down=(1, 2), padding=(6, 5, 6, 5)),
+        _upfirdn2d(2, 2, 11, 13, taps=(4, 4), down=(2, 2), padding=(-1, 2, 1, -2)),
+        _upfirdn2d(1, 3, 5, 6, taps=(2, 2), up=(4, 4), flip=True), _upfirdn2d(3, 5, 4, 4, taps=(4, 4)),
+        _upfirdn2d(8, 128, 64, 64, taps=(4, 4), up=(2, 2), padding=(2, 1, 2, 1), bench=True),
+        _upfirdn2d(8, 128, 128, 128, taps=(4, 4), down=(2, 2), padding=(1, 1, 1, 1), bench=True),
+        _upfirdn2d(8, 128, 128, 128, taps=(4, 4), padding=(2, 1, 2, 1), bench=True),
+        _upfirdn2d(4, 128, 64, 64, taps=(12,), up=(2, 2), padding=(6, 5, 6, 5), bench=True),
+        _upfirdn2d(4, 3, 256, 256, taps=(12,), down=(2, 2), padding=(5, 5, 5, 5), bench=True),
     ],
     "attention": [
         _attention(2, 3, 17, 8), _attention(2, 2, 9, 5, causal=True), _attention(1, 1, 1, 1),
@@ -494,6 +575,17 @@ def _eager_batch_norm_act(
     return ACTIVATIONS[act][1](y if residual is None else y + residual)
 
 
+def _eager_bias_act(
+    x: Tensor, b: Any = None, dim: int = 1, act: str = "linear", alpha: Any = None, gain: Any = None, clamp: Any = None
+) -> Tensor:
+    _, function, default_alpha, default_gain = BIAS_ACTIVATIONS[act]
+    z = x if b is None else x + b.reshape([-1 if i == dim else 1 for i in range(x.ndim)])
+    y = function(z, default_alpha if alpha is None else alpha)
+    gain = default_gain if gain is None else gain
+    y = y if gain == 1 else y * gain
+    return y if clamp is None else y.clamp(-clamp, clamp)
+
+
 def _eager_conv2d(
     x: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1,
     *, upsample: int = 1, skip: Any = None, residual: Any = None, act: str | None = None,
@@ -537,6 +629,35 @@ def _eager_normed(
     return ACTIVATIONS[act][1](h if residual is None else h + residual)
 
 
+def _eager_upfirdn2d(
+    x: Tensor, f: Tensor, up: Any, down: Any, padding: Any, flip_filter: bool = False, gain: float = 1
+) -> Tensor:
+    n, c, h, w = x.shape
+    x = F.pad(x.reshape(n, c, h, 1, w, 1), [0, up[0] - 1, 0, 0, 0, up[1] - 1]).reshape(n, c, h * up[1], w * up[0])
+    x, f = F.pad(x, padding), (f * gain ** (f.ndim / 2)).to(x.dtype)
+    f = f if flip_filter else f.flip(list(range(f.ndim)))
+    if f.ndim == 2:
+        return F.conv2d(x, f.expand(c, 1, *f.shape), groups=c)[:, :, :: down[1], :: down[0]]
+    x = F.conv2d(x, f.expand(c, 1, 1, len(f)), groups=c)
+    return F.conv2d(x, f[:, None].expand(c, 1, len(f), 1), groups=c)[:, :, :: down[1], :: down[0]]
+
+
+def _eager_modulated_conv2d(
+    x: Tensor, w: Tensor, s: Tensor, demodulate: bool = True, padding: Any = 0, input_gain: Any = None
+) -> Tensor:
+    n, c, h, width = x.shape
+    if demodulate:
+        w = w * w.square().mean((1, 2, 3), keepdim=True).rsqrt()
+        s = s * s.square().mean().rsqrt()
+    each = w * s[:, None, :, None, None]
+    if demodulate:
+        each = each * (each.square().sum((2, 3, 4), keepdim=True) + 1e-8).rsqrt()
+    if input_gain is not None:
+        each = each * input_gain.expand(n, c)[:, None, :, None, None]
+    y = F.conv2d(x.reshape(1, n * c, h, width), each.flatten(0, 1), padding=padding, groups=n)
+    return y.reshape(n, len(w), *y.shape[2:])
+
+
 def _eager_to_uint8(x: Tensor) -> Tensor:
     return (x.clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
@@ -547,10 +668,13 @@ EAGER: dict[str, Callable] = {
     "diffusion_step": _eager_diffusion_step,
     "group_norm_act": _eager_group_norm_act,
     "batch_norm_act": _eager_batch_norm_act,
+    "bias_act": _eager_bias_act,
     "conv2d": _eager_conv2d,
     "norm_act_conv2d": _eager_norm_act_conv2d,
     "conv2d_norm_act": _eager_conv2d_norm_act,
     "conv_transpose2d_norm_act": _eager_conv_transpose2d_norm_act,
+    "modulated_conv2d": _eager_modulated_conv2d,
+    "upfirdn2d": _eager_upfirdn2d,
     "to_uint8": _eager_to_uint8,
     "attention": ops.attention_reference,
     "philox_normal": lambda seeds, shape, step, stream: torch.randn((len(seeds), *shape), device=seeds.device),

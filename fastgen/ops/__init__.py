@@ -3,6 +3,7 @@
 from fastgen.ops.activations import ACTIVATIONS
 from fastgen.ops.attention import attention, attention_reference
 from fastgen.ops.batch_norm_act import batch_norm_act, batch_norm_act_reference
+from fastgen.ops.bias_act import bias_act, bias_act_reference
 from fastgen.ops.conv2d import conv2d, conv2d_reference, norm_act_conv2d, norm_act_conv2d_reference
 from fastgen.ops.conv2d_norm_act import (
     conv2d_norm_act,
@@ -12,6 +13,7 @@ from fastgen.ops.conv2d_norm_act import (
 )
 from fastgen.ops.diffusion_step import diffusion_step, diffusion_step_reference
 from fastgen.ops.group_norm_act import group_norm_act, group_norm_act_reference
+from fastgen.ops.modulated_conv2d import modulated_conv2d, modulated_conv2d_reference
 from fastgen.ops.philox import (
     Stream,
     philox_bits,
@@ -22,6 +24,14 @@ from fastgen.ops.philox import (
 from fastgen.ops.q_sample import q_sample, q_sample_reference
 from fastgen.ops.reparameterize import reparameterize, reparameterize_reference
 from fastgen.ops.to_uint8 import to_uint8, to_uint8_reference
+from fastgen.ops.upfirdn2d import (
+    downsample2d,
+    filter2d,
+    setup_filter,
+    upfirdn2d,
+    upfirdn2d_reference,
+    upsample2d,
+)
 
 __all__ = [
     "ACTIVATIONS",
@@ -30,6 +40,8 @@ __all__ = [
     "attention_reference",
     "batch_norm_act",
     "batch_norm_act_reference",
+    "bias_act",
+    "bias_act_reference",
     "conv2d",
     "conv2d_norm_act",
     "conv2d_norm_act_reference",
@@ -38,8 +50,12 @@ __all__ = [
     "conv_transpose2d_norm_act_reference",
     "diffusion_step",
     "diffusion_step_reference",
+    "downsample2d",
+    "filter2d",
     "group_norm_act",
     "group_norm_act_reference",
+    "modulated_conv2d",
+    "modulated_conv2d_reference",
     "norm_act_conv2d",
     "norm_act_conv2d_reference",
     "philox_bits",
@@ -50,6 +66,10 @@ __all__ = [
     "q_sample_reference",
     "reparameterize",
     "reparameterize_reference",
+    "setup_filter",
     "to_uint8",
     "to_uint8_reference",
+    "upfirdn2d",
+    "upfirdn2d_reference",
+    "upsample2d",
 ]
