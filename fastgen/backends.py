@@ -33,6 +33,7 @@ STEMS = {
     "reparameterize": "reparameterize",
     "group_norm_act": "group_norm_act",
     "batch_norm_act": "batch_norm_act",
+    "bias_act": "bias_act",
     "q_sample": "q_sample",
     "diffusion_step": "diffusion_step",
     "to_uint8": "to_uint8",

@@ -19,6 +19,7 @@ from torch import Tensor
 from fastgen import ops
 from fastgen.diffusion.schedules import DiffusionConfig, forward_table
 from fastgen.ops.activations import ACTIVATIONS
+from fastgen.ops.bias_act import FUNCTIONS as BIAS_ACTIVATIONS
 
 Inputs = dict[str, Any]
 
@@ -207,6 +208,20 @@ def _batch_norm_act(
     return OpCase("batch_norm_act", "-".join(p for p in parts if p), make, differentiable, ("x", "residual"), bench)
 
 
+def _bias_act(
+    *shape: int, act: str = "lrelu", dim: int = 1, bias: bool = True, bench: bool = False, **options: Any
+) -> OpCase:
+    """options: alpha, gain, clamp."""
+
+    def make(g: torch.Generator) -> Inputs:
+        made: Inputs = {"x": _normal(g, *shape), "dim": dim, "act": act, **options}
+        return made | ({"b": _normal(g, shape[dim])} if bias else {})
+
+    parts = [_shape(*shape), act, dim != 1 and f"dim{dim}", not bias and "plain"]
+    parts += [f"{name}{value}" for name, value in options.items()]
+    return OpCase("bias_act", "-".join(str(p) for p in parts if p), make, ("x", "b"), ("x",), bench)
+
+
 def _conv2d(
     n: int, c: int, k: int, h: int, w: int, kernel: int = 3, *, norm: bool = False, bench: bool = False, skip: int = 0,
     each: bool = False, residual: bool = False, scale_shift: bool = False, groups: int = 4, **options: Any,
@@ -342,6 +357,17 @@ CASES: dict[str, list[OpCase]] = {
         _batch_norm_act(64, 64, 32, 32, training=True, running=True, act="leaky_relu", bench=True),
         _batch_norm_act(16, 64, 64, 64, training=False, residual=True, bench=True),
     ],
+    "bias_act": [
+        _bias_act(3, 5, 4, 7, act="swish", clamp=1.5), _bias_act(2, 6, 5, 9, clamp=1.0),
+        _bias_act(2, 3, 9, 11, act="tanh", bias=False, gain=0.5), _bias_act(1, 1, 1, 1), _bias_act(0, 4, 3, 3),
+        _bias_act(5, 12), _bias_act(7, dim=0, act="elu"), _bias_act(3, 4, 5, dim=2, act="softplus"),
+        _bias_act(4, 3, 2, 5, dim=0, act="selu", gain=2.0), _bias_act(2, 130, 3, 3, alpha=0.1),
+        _bias_act(2, 3, 37, 41, act="sigmoid"), _bias_act(2, 3, 5, 7, dim=3, act="swish"),
+        *(_bias_act(2, 4, 3, 5, act=act, clamp=0.75) for act in BIAS_ACTIVATIONS),
+        _bias_act(32, 512, 16, 16, clamp=256.0, bench=True), _bias_act(8, 128, 128, 128, clamp=256.0, bench=True),
+        _bias_act(4, 3, 256, 256, act="linear", clamp=256.0, bench=True), _bias_act(32, 512, bench=True),
+        _bias_act(8, 128, 64, 64, act="swish", bench=True),
+    ],
     "conv2d": [
         _conv2d(2, 8, 6, 5, 7, padding=1), _conv2d(2, 3, 4, 5, 4, padding=1, skip=2, each=True, act="silu"),
         _conv2d(2, 12, 20, 9, 8, padding=1, skip=5, each=True, act="silu"),
@@ -467,6 +493,17 @@ def _eager_batch_norm_act(
     return ACTIVATIONS[act][1](y if residual is None else y + residual)
 
 
+def _eager_bias_act(
+    x: Tensor, b: Any = None, dim: int = 1, act: str = "linear", alpha: Any = None, gain: Any = None, clamp: Any = None
+) -> Tensor:
+    _, function, default_alpha, default_gain = BIAS_ACTIVATIONS[act]
+    z = x if b is None else x + b.reshape([-1 if i == dim else 1 for i in range(x.ndim)])
+    y = function(z, default_alpha if alpha is None else alpha)
+    gain = default_gain if gain is None else gain
+    y = y if gain == 1 else y * gain
+    return y if clamp is None else y.clamp(-clamp, clamp)
+
+
 def _eager_conv2d(
     x: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1,
     *, upsample: int = 1, skip: Any = None, residual: Any = None, act: str | None = None,
@@ -520,6 +557,7 @@ EAGER: dict[str, Callable] = {
     "diffusion_step": _eager_diffusion_step,
     "group_norm_act": _eager_group_norm_act,
     "batch_norm_act": _eager_batch_norm_act,
+    "bias_act": _eager_bias_act,
     "conv2d": _eager_conv2d,
     "norm_act_conv2d": _eager_norm_act_conv2d,
     "conv2d_norm_act": _eager_conv2d_norm_act,

@@ -118,6 +118,7 @@ def configurations(level: str) -> Iterator[tuple[str, Callable[[], None]]]:
             yield from _elementwise(dtype, last, level)
             yield from _group_norm(dtype, last, level)
             yield from _batch_norm(dtype, last, level)
+            yield from _bias_act(dtype, last, level)
     if level == "representative":
         yield from _group_norm(torch.float64, True, level)
 
@@ -224,6 +225,34 @@ def _launch_batch_norm(
     given = (x, c, c) if full else (None, None, None)
     batch_norm_act_fwd(x, *given, training, 1e-5, act, x, c, c)
     batch_norm_act_bwd(x, x, *given, c, c, training, 1e-5, act, x, given[0], c, c)
+
+
+def _bias_act(dtype: Any, last: bool, level: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    """A swish with a clamp, all derivatives; with "all" every activation, odd shapes, and without a bias."""
+    shapes = {"usual": (128, 64, 64), "matrix": (512, 1, 1), "odd": (33, 9, 5)}
+    if level == "huge":
+        shapes = {"huge": (8, 2**15, 2**14)}
+    elif level == "representative":
+        shapes = {"usual": shapes["usual"]}
+    every = set(itertools.product(shapes, (8,), (True, False) if level == "all" else (True,)))
+    if level == "all":
+        every |= set(itertools.product(("odd",), range(9), (True,)))
+    for shape, act, full in sorted(every):
+        name = f"{dtype}{' channels_last' * last} {shape} act={act}{' bias' * full}"
+        yield name, lambda a=(dtype, last, shapes[shape], act, full): _launch_bias_act(*a)
+
+
+def _launch_bias_act(dtype: Any, last: bool, shape: tuple[int, int, int], act: int, full: bool) -> None:
+    import torch
+    from fastgen.kernels.bias_act import bias_act_bwd, bias_act_bwd_bwd, bias_act_fwd
+
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    x, b = _meta(dtype, last, 4, *shape), _meta(wide, False, shape[0]) if full else None
+    step = x.stride(1) if full else x.numel()
+    how = (b, step, act, 0.2, 1.5, 256.0 if full else float("inf"))
+    bias_act_fwd(x, *how, x)
+    bias_act_bwd(x, x, *how, x, b)
+    bias_act_bwd_bwd(x, b, x, x, *how, x, None if act < 3 else x, None if act < 3 else b)
 
 
 def main(target: str, level: str) -> None:

@@ -3,6 +3,7 @@
 from fastgen.ops.activations import ACTIVATIONS
 from fastgen.ops.attention import attention, attention_reference
 from fastgen.ops.batch_norm_act import batch_norm_act, batch_norm_act_reference
+from fastgen.ops.bias_act import bias_act, bias_act_reference
 from fastgen.ops.conv2d import conv2d, conv2d_reference, norm_act_conv2d, norm_act_conv2d_reference
 from fastgen.ops.conv2d_norm_act import (
     conv2d_norm_act,
@@ -30,6 +31,8 @@ __all__ = [
     "attention_reference",
     "batch_norm_act",
     "batch_norm_act_reference",
+    "bias_act",
+    "bias_act_reference",
     "conv2d",
     "conv2d_norm_act",
     "conv2d_norm_act_reference",
