@@ -52,12 +52,16 @@ FASTGEN_HD Philox4 philox4x32_10(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t
 #ifdef __CUDA_ARCH__
 FASTGEN_HD float add_rn(float a, float b) { return __fadd_rn(a, b); }
 FASTGEN_HD float mul_rn(float a, float b) { return __fmul_rn(a, b); }
+FASTGEN_HD double add_rn(double a, double b) { return __dadd_rn(a, b); }
+FASTGEN_HD double mul_rn(double a, double b) { return __dmul_rn(a, b); }
 FASTGEN_HD float sqrt_rn(float a) { return __fsqrt_rn(a); }
 FASTGEN_HD uint32_t float_bits(float a) { return __float_as_uint(a); }
 FASTGEN_HD float bits_float(uint32_t a) { return __uint_as_float(a); }
 #else
 FASTGEN_HD float add_rn(float a, float b) { return a + b; }
 FASTGEN_HD float mul_rn(float a, float b) { return a * b; }
+FASTGEN_HD double add_rn(double a, double b) { return a + b; }
+FASTGEN_HD double mul_rn(double a, double b) { return a * b; }
 FASTGEN_HD float sqrt_rn(float a) { return std::sqrt(a); }
 FASTGEN_HD uint32_t float_bits(float a) {
   uint32_t u;
@@ -70,6 +74,12 @@ FASTGEN_HD float bits_float(uint32_t u) {
   return a;
 }
 #endif
+
+// sum + a b in two roundings
+template <typename W>
+FASTGEN_HD W add_product(W sum, W a, W b) {
+  return add_rn(sum, mul_rn(a, b));
+}
 
 // ln(u) for u in [2^-24, 1]: u = m 2^e with m in [sqrt(1/2), sqrt(2)), then Cephes' polynomial in m - 1.
 FASTGEN_HD float log_rn(float u) {
