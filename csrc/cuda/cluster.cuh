@@ -4,6 +4,8 @@
 
 #include "cuda/launch.cuh"
 
+#define FASTGEN_CALLED __noinline__  // a function that is not inlined
+
 namespace fastgen {
 
 // The shared memory that a block may ask for on x's GPU, in bytes.

@@ -85,7 +85,7 @@ __device__ void with_statistics(Affine<kWide, W>& to, const W* mean, const W* rs
 // act(z) or act'(z) of the activations that are called, not inlined: they would take most of the registers and of the
 // time to compile.
 template <bool kGrad, typename W>
-__device__ __noinline__ W called(int code, W z) {
+__device__ FASTGEN_CALLED W called(int code, W z) {
   switch (code) {
     case kGelu: return kGrad ? act_grad<kGelu>(z) : act<kGelu>(z);
     case kGeluTanh: return kGrad ? act_grad<kGeluTanh>(z) : act<kGeluTanh>(z);

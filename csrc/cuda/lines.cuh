@@ -34,9 +34,9 @@ struct Place {
     part = static_cast<int>(blockIdx.x) % p.parts;
     image = n;
     first_channel = rest % p.bundles * p.bundle;
-    count = min(p.bundle, p.channels - first_channel);
+    count = std::min(p.bundle, p.channels - first_channel);
     const int64_t begin = part * p.share;
-    end = min(begin + p.share, p.items);
+    end = std::min(begin + p.share, p.items);
     const int lines = count / kWide, thread = static_cast<int>(threadIdx.x);
     lanes = kThreads / lines;
     apart = p.columns ? lines : 1;
@@ -52,7 +52,7 @@ struct Place {
   }
   // Positions of a channel that fall to the block of a rank.
   static __device__ int64_t positions(const Plan& p, int rank) {
-    const int64_t items = min(p.share, p.items - rank * p.share);
+    const int64_t items = std::min(p.share, p.items - rank * p.share);
     return items > 0 ? items * (kVec / kWide) : 0;
   }
 };

@@ -6,6 +6,8 @@
 
 #include "cuda/launch.cuh"
 
+#define FASTGEN_CALLED __attribute__((noinline))
+
 namespace fastgen {
 
 inline int64_t shared_limit(const Tensor&) {
