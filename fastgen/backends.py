@@ -42,6 +42,7 @@ STEMS = {
     "norm_act_conv2d": "conv2d",
     "conv2d_norm_act": "conv2d_norm_act",
     "conv_transpose2d_norm_act": "conv2d_norm_act",
+    "upfirdn2d": "upfirdn2d",
 }
 
 # Ops that run on the C++ kernels of another, which has all that they need.

@@ -287,6 +287,22 @@ def _to_uint8(*shape: int, bench: bool = False) -> OpCase:
     return OpCase("to_uint8", _shape(*shape), lambda g: {"x": _normal(g, *shape)}, (), ("x",), bench)
 
 
+def _upfirdn2d(
+    *shape: int, taps: tuple[int, ...], up: tuple[int, int] = (1, 1), down: tuple[int, int] = (1, 1),
+    padding: tuple[int, ...] = (0, 0, 0, 0), flip: bool = False, bench: bool = False,
+) -> OpCase:  # fmt: skip
+    """taps: (fh, fw), or one number for a separable filter."""
+
+    def make(g: torch.Generator) -> Inputs:
+        f = _normal(g, *taps).float() / math.sqrt(math.prod(taps))
+        made: Inputs = {"x": _normal(g, *shape), "f": f, "up": list(up), "down": list(down), "padding": list(padding)}
+        return made | {"flip_filter": flip, "gain": float(math.prod(up))}
+
+    parts = [_shape(*shape), f"f{_shape(*taps)}", up != (1, 1) and f"up{_shape(*up)}"]
+    parts += [down != (1, 1) and f"down{_shape(*down)}", any(padding) and f"padding{padding}", flip and "flip"]
+    return OpCase("upfirdn2d", "-".join(str(p) for p in parts if p), make, ("x",), ("x",), bench)
+
+
 def _attention(
     n: int, h: int, length: int, d: int, keys: int | None = None, causal: bool = False, bench: bool = False
 ) -> OpCase:
@@ -412,6 +428,20 @@ CASES: dict[str, list[OpCase]] = {
     "to_uint8": [
         _to_uint8(2, 3, 5, 7), _to_uint8(1, 1, 1, 1), _to_uint8(0, 3, 4, 4), _to_uint8(2, 4, 33, 31),
         _to_uint8(16, 3, 256, 256, bench=True), _to_uint8(64, 3, 64, 64, bench=True),
+    ],
+    "upfirdn2d": [
+        _upfirdn2d(2, 3, 5, 7, taps=(4, 4), up=(2, 2), padding=(2, 1, 2, 1)),
+        _upfirdn2d(2, 4, 9, 8, taps=(6,), down=(2, 2), padding=(2, 2, 2, 2), flip=True),
+        _upfirdn2d(1, 1, 1, 1, taps=(1, 1)), _upfirdn2d(0, 2, 4, 4, taps=(3, 3)),
+        _upfirdn2d(2, 3, 6, 5, taps=(3, 5), up=(3, 2), down=(2, 3), padding=(1, 2, 0, 3)),
+        _upfirdn2d(1, 20, 7, 9, taps=(12,), up=(2, 1), down=(1, 2), padding=(6, 5, 6, 5)),
+        _upfirdn2d(2, 2, 11, 13, taps=(4, 4), down=(2, 2), padding=(-1, 2, 1, -2)),
+        _upfirdn2d(1, 3, 5, 6, taps=(2, 2), up=(4, 4), flip=True), _upfirdn2d(3, 5, 4, 4, taps=(4, 4)),
+        _upfirdn2d(8, 128, 64, 64, taps=(4, 4), up=(2, 2), padding=(2, 1, 2, 1), bench=True),
+        _upfirdn2d(8, 128, 128, 128, taps=(4, 4), down=(2, 2), padding=(1, 1, 1, 1), bench=True),
+        _upfirdn2d(8, 128, 128, 128, taps=(4, 4), padding=(2, 1, 2, 1), bench=True),
+        _upfirdn2d(4, 128, 64, 64, taps=(12,), up=(2, 2), padding=(6, 5, 6, 5), bench=True),
+        _upfirdn2d(4, 3, 256, 256, taps=(12,), down=(2, 2), padding=(5, 5, 5, 5), bench=True),
     ],
     "attention": [
         _attention(2, 3, 17, 8), _attention(2, 2, 9, 5, causal=True), _attention(1, 1, 1, 1),
@@ -547,6 +577,19 @@ def _eager_normed(
     return ACTIVATIONS[act][1](h if residual is None else h + residual)
 
 
+def _eager_upfirdn2d(
+    x: Tensor, f: Tensor, up: Any, down: Any, padding: Any, flip_filter: bool = False, gain: float = 1
+) -> Tensor:
+    n, c, h, w = x.shape
+    x = F.pad(x.reshape(n, c, h, 1, w, 1), [0, up[0] - 1, 0, 0, 0, up[1] - 1]).reshape(n, c, h * up[1], w * up[0])
+    x, f = F.pad(x, padding), (f * gain ** (f.ndim / 2)).to(x.dtype)
+    f = f if flip_filter else f.flip(list(range(f.ndim)))
+    if f.ndim == 2:
+        return F.conv2d(x, f.expand(c, 1, *f.shape), groups=c)[:, :, :: down[1], :: down[0]]
+    x = F.conv2d(x, f.expand(c, 1, 1, len(f)), groups=c)
+    return F.conv2d(x, f[:, None].expand(c, 1, len(f), 1), groups=c)[:, :, :: down[1], :: down[0]]
+
+
 def _eager_to_uint8(x: Tensor) -> Tensor:
     return (x.clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
@@ -562,6 +605,7 @@ EAGER: dict[str, Callable] = {
     "norm_act_conv2d": _eager_norm_act_conv2d,
     "conv2d_norm_act": _eager_conv2d_norm_act,
     "conv_transpose2d_norm_act": _eager_conv_transpose2d_norm_act,
+    "upfirdn2d": _eager_upfirdn2d,
     "to_uint8": _eager_to_uint8,
     "attention": ops.attention_reference,
     "philox_normal": lambda seeds, shape, step, stream: torch.randn((len(seeds), *shape), device=seeds.device),

@@ -182,9 +182,9 @@ def second(z, ACT: tl.constexpr):
     if ACT == TANH:
         return tanh(z) * activate_grad(z, TANH_ACT) * -2.0
     elif ACT == ELU:
-        return tl.where(z > 0, 0.0, tl.exp(z))
+        return tl.where(z < 0, tl.exp(z), 0.0)
     elif ACT == SELU:
-        return tl.where(z > 0, 0.0, tl.exp(z) * SELU_SCALE * SELU_ALPHA)
+        return tl.where(z < 0, tl.exp(z) * SELU_SCALE * SELU_ALPHA, 0.0)
     elif ACT == SIGMOID:
         s, rest = sigmoid_pair(z)
         return s * rest * (rest - s)

@@ -119,6 +119,7 @@ def configurations(level: str) -> Iterator[tuple[str, Callable[[], None]]]:
             yield from _group_norm(dtype, last, level)
             yield from _batch_norm(dtype, last, level)
             yield from _bias_act(dtype, last, level)
+            yield from _upfirdn2d(dtype, last, level)
     if level == "representative":
         yield from _group_norm(torch.float64, True, level)
 
@@ -253,6 +254,23 @@ def _launch_bias_act(dtype: Any, last: bool, shape: tuple[int, int, int], act: i
     bias_act_fwd(x, *how, x)
     bias_act_bwd(x, x, *how, x, b)
     bias_act_bwd_bwd(x, b, x, x, *how, x, None if act < 3 else x, None if act < 3 else b)
+
+
+def _upfirdn2d(dtype: Any, last: bool, level: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    """StyleGAN's filters, up and down, of one pass and of two; huge: an image of 2^31 pixels."""
+    import torch
+    from fastgen.kernels.upfirdn2d import upfirdn2d_fwd
+
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    small, large = ((8, 2**14, 2**13), (8, 2**15, 2**14)) if level == "huge" else ((64, 32, 32), (64, 64, 64))
+    both = {"up": (small, large, 2, 1), "down": (large, small, 1, 2), "odd": ((33, 9, 5), (33, 13, 7), 3, 2)}
+    for name, (before, after, up, down) in both.items():
+        for taps in ((4, 4), (12,)):
+            if level != "all" and (name == "odd" or (level == "huge" and len(taps) == 1)):
+                continue
+            x, y, f = _meta(dtype, last, 2, *before), _meta(dtype, last, 2, *after), _meta(wide, False, *taps)
+            what = f"{dtype}{' channels_last' * last} {name} {taps}"
+            yield what, lambda a=(x, f, up, up, down, down, 2, 2, False, 4.0, y): upfirdn2d_fwd(*a)
 
 
 def main(target: str, level: str) -> None:

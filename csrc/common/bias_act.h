@@ -83,8 +83,8 @@ FASTGEN_HD T first(T z, T alpha) {
 template <int kAct, typename T>
 FASTGEN_HD T second(T z, T) {
   if constexpr (kAct == kTanh) return T(-2) * tanh_(z) * act_grad<fastgen::kTanh>(z);
-  if constexpr (kAct == kElu) return z > T(0) ? T(0) : exp_(z);
-  if constexpr (kAct == kSelu) return z > T(0) ? T(0) : T(kSeluScale * kSeluAlpha) * exp_(z);
+  if constexpr (kAct == kElu) return z < T(0) ? exp_(z) : T(0);
+  if constexpr (kAct == kSelu) return z < T(0) ? T(kSeluScale * kSeluAlpha) * exp_(z) : T(0);
   if constexpr (kAct == kSigmoid || kAct == kSoftplus || kAct == kSwish) {
     T s, rest;
     sigmoid_pair(z, s, rest);

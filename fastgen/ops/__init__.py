@@ -23,6 +23,14 @@ from fastgen.ops.philox import (
 from fastgen.ops.q_sample import q_sample, q_sample_reference
 from fastgen.ops.reparameterize import reparameterize, reparameterize_reference
 from fastgen.ops.to_uint8 import to_uint8, to_uint8_reference
+from fastgen.ops.upfirdn2d import (
+    downsample2d,
+    filter2d,
+    setup_filter,
+    upfirdn2d,
+    upfirdn2d_reference,
+    upsample2d,
+)
 
 __all__ = [
     "ACTIVATIONS",
@@ -41,6 +49,8 @@ __all__ = [
     "conv_transpose2d_norm_act_reference",
     "diffusion_step",
     "diffusion_step_reference",
+    "downsample2d",
+    "filter2d",
     "group_norm_act",
     "group_norm_act_reference",
     "norm_act_conv2d",
@@ -53,6 +63,10 @@ __all__ = [
     "q_sample_reference",
     "reparameterize",
     "reparameterize_reference",
+    "setup_filter",
     "to_uint8",
     "to_uint8_reference",
+    "upfirdn2d",
+    "upfirdn2d_reference",
+    "upsample2d",
 ]
