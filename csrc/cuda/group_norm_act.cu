@@ -336,7 +336,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // One block's items of y.
 template <typename T, int kVec, int kWide, typename W>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     group_norm_act_fwd_apply_kernel(const T* x,           // [N, C1, S]
                                     const T* skip,        // [N, C2, S] or null
                                     Parameters<W> given,  //
@@ -467,7 +467,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // S1 and S2 of every channel over one block's items. Shared memory: of W [2 kWide, kThreads].
 template <typename T, int kVec, int kWide, typename W>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     group_norm_act_bwd_partial_kernel(const T* dy,           // [N, C, S]
                                       const T* x,            // [N, C1, S]
                                       const T* skip,         // [N, C2, S] or null
@@ -544,7 +544,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // One block's items of dx and dskip.
 template <typename T, int kVec, int kWide, typename W>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     group_norm_act_bwd_apply_kernel(const T* dy,           // [N, C, S]
                                     const T* x,            // [N, C1, S]
                                     const T* skip,         // [N, C2, S] or null
