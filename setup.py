@@ -244,18 +244,43 @@ def build_cuda(package, compiler, version, torch, torch_version):
     jobs = [(device, source) for source in sorted((CSRC / "cuda").glob("*.cu"))]
     jobs += [(host, source) for source in sorted((CSRC / "cuda").glob("*.cpp"))]
     objects = compile_all(jobs, object_folder(version, nvcc_version, torch_version, *device))
+    link_cuda(nvcc, compiler, torch, objects, package / library_name("fastgen_cuda"))
+    return {"built": True, "nvcc": nvcc_version, "compiler": version, "torch": torch_version, "archs": archs}
+
+
+def link_cuda(nvcc, compiler, torch, objects, target):
     # The runtime goes in statically, so the library does not care which CUDA torch was built with. A CPU-only
     # torch serves for building: the symbols of libtorch_cuda are found on loading, through libtorch, which
     # needs it in every CUDA build. Hence libtorch must stay, though nothing in it is called.
     flags = ["-shared", "--cudart=static", "-ccbin", compiler[0], "-L", torch / "lib", "-Xlinker=--no-as-needed"]
     flags += ["-ltorch_cpu", "-ltorch", "-lc10"]
-    link([nvcc], objects, flags, package / library_name("fastgen_cuda"))
-    return {"built": True, "nvcc": nvcc_version, "compiler": version, "torch": torch_version, "archs": archs}
+    link([nvcc], objects, flags, target)
+
+
+def ptxas_records(source, output):
+    """What nvcc -Xptxas=-v said about a source: one record per kernel and architecture, with its file, arch, kernel
+    (mangled), registers, spill_stores and spill_loads (bytes)."""
+    found = re.findall(
+        r"Compiling entry function '(\S+)' for 'sm_(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
+        r".*?Used (\d+) registers",
+        output,
+        flags=re.DOTALL,
+    )
+    return [
+        dict(
+            file=source.name,
+            arch=arch,
+            kernel=kernel,
+            registers=int(registers),
+            spill_stores=int(stores),
+            spill_loads=int(loads),
+        )
+        for kernel, arch, stores, loads, registers in found
+    ]
 
 
 def ptxas_report(folder, archs=None):
-    """Compile every .cu for each architecture; return one record per kernel and architecture, as ptxas tells
-    it: file, arch, kernel (mangled), registers, spill_stores and spill_loads (bytes). For tests and tuning."""
+    """Compile every .cu for each architecture; return ptxas_records of all, for tuning."""
     compiler, version = find_compiler()
     nvcc, nvcc_version = find_nvcc()
     if compiler is None or nvcc is None:
@@ -266,23 +291,7 @@ def ptxas_report(folder, archs=None):
         worked, output = run([*command, "-Xptxas=-v", "-c", source, "-o", Path(folder) / f"{source.stem}.o"])
         if not worked:
             raise CompileError(f"fastgen: {source.relative_to(ROOT)} does not compile:\n{output}")
-        found = re.findall(
-            r"Compiling entry function '(\S+)' for 'sm_(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
-            r".*?Used (\d+) registers",
-            output,
-            flags=re.DOTALL,
-        )
-        records += [
-            dict(
-                file=source.name,
-                arch=arch,
-                kernel=kernel,
-                registers=int(registers),
-                spill_stores=int(stores),
-                spill_loads=int(loads),
-            )
-            for kernel, arch, stores, loads, registers in found
-        ]
+        records += ptxas_records(source, output)
     return records
 
 

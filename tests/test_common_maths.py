@@ -53,6 +53,8 @@ void step(const double* c, const double* v, double clip, double* out) {
   const StepResult<double> r = diffusion_step<double>(k, v[0], v[1], v[2], v[3], clip);
   out[0] = r.next, out[1] = r.x0, out[2] = r.eps;
 }
+float product32(float sum, float a, float b) { return add_product(sum, a, b); }
+double product64(double sum, double a, double b) { return add_product(sum, a, b); }
 }
 """
 
@@ -178,3 +180,14 @@ def test_diffusion_step(library):
         np.testing.assert_allclose(
             out, [c[4] * x + c[5] * x0 + c[6] * eps + c[7] * history + c[8] * noise, x0, eps], rtol=1e-13
         )
+
+
+def test_products_are_rounded_before_they_are_added(library):
+    """(1 + u)² - 1 - 2 u is u² by a fused multiply-add, and 0 in two roundings."""
+    for function, kind, u in (
+        (library.product32, ctypes.c_float, 2.0**-23),
+        (library.product64, ctypes.c_double, 2.0**-52),
+    ):
+        function.argtypes, function.restype = [kind] * 3, kind
+        assert function(-1.0 - 2 * u, 1.0 + u, 1.0 + u) == 0.0
+        assert function(0.5, 3.0, -2.0) == -5.5

@@ -82,6 +82,18 @@ __device__ __forceinline__ int64_t first_item() {
 }
 __device__ __forceinline__ int64_t item_stride() { return static_cast<int64_t>(gridDim.x) * blockDim.x; }
 
+// a / b for 0 <= a and 0 < b. CUDA's own 64-bit division is a call, around which registers are spilled.
+__device__ __forceinline__ int64_t quotient(int64_t a, int64_t b) {
+  if ((a | b) >> 32 == 0) return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
+  int64_t result = 0, rest = 0;
+#pragma unroll 1
+  for (int bit = 62; bit >= 0; --bit) {  // long division; more than 2^32 items are rare
+    rest = rest << 1 | (a >> bit & 1);
+    if (rest >= b) rest -= b, result |= int64_t{1} << bit;
+  }
+  return result;
+}
+
 // The sum over a warp, in every lane, in a fixed order. All 32 lanes call it.
 template <typename W>
 __device__ __forceinline__ W warp_sum(W x) {

@@ -33,31 +33,28 @@ struct Item {
   using W = Wide<T>;
 
   const Images& all;
-  int64_t image, first, offset;  // first: its first noise element; offset: where the first element lies
+  int64_t image, first;  // first: its first noise element
+  int64_t offset;        // where that lies; where the image begins, if items straddle channels
+  int64_t channel = 0;   // of the first element, for kScattered
   int count = kCount;
   bool vectors = false;
 
-  __device__ __forceinline__ Item(const Images& images, int64_t index)
-      : Item(images, index / images.items, index % images.items) {}
-
+  // Item `index` of all, or of one image
+  __device__ __forceinline__ Item(const Images& images, int64_t index) : all(images) {
+    image = quotient(index, all.items);
+    place(index - image * all.items);
+  }
   __device__ __forceinline__ Item(const Images& images, int64_t in_image, int64_t index) : all(images), image(in_image) {
-    const int64_t start = image * all.size;
-    first = index * kPositions;
-    if constexpr (kWalk == kScattered) {
-      if (whole()) {
-        const int64_t channel = index % all.channels, position = index / all.channels * kPositions;
-        first = channel * all.positions + position;
-        offset = start + position * all.channels + channel;
-        return;
-      }
-      offset = start;
-    } else {
-      offset = start + first * kChannels;
-      vectors = all.vectors && offset % kCount == 0;
-    }
-    if constexpr (kChannels == 1) {
-      if (all.size - first < kCount) count = static_cast<int>(all.size - first), vectors = false;
-    }
+    place(index);
+  }
+
+  // Where element j lies.
+  __device__ __forceinline__ int64_t at(int j) const {
+    if constexpr (kWalk != kScattered) return offset + j;
+    if (whole()) return offset + j * all.channels;
+    int64_t c = channel, position = first + j - c * all.positions;
+    while (position >= all.positions) position -= all.positions, ++c;
+    return offset + position * all.channels + c;
   }
 
   // p: a tensor of these images, of any dtype
@@ -105,11 +102,26 @@ struct Item {
   // Whether no item straddles two channels.
   __device__ __forceinline__ bool whole() const { return all.positions % kPositions == 0; }
 
-  __device__ __forceinline__ int64_t at(int j) const {
-    if constexpr (kWalk != kScattered) return offset + j;
-    if (whole()) return offset + j * all.channels;
-    const int64_t element = first + j, channel = element / all.positions;
-    return offset + (element - channel * all.positions) * all.channels + channel;
+  __device__ __forceinline__ void place(int64_t index) {
+    const int64_t start = image * all.size;
+    first = index * kPositions;
+    if constexpr (kWalk == kScattered) {
+      if (whole()) {
+        const int64_t group = quotient(index, all.channels), position = group * kPositions;
+        channel = index - group * all.channels;
+        first = channel * all.positions + position;
+        offset = start + position * all.channels + channel;
+        return;
+      }
+      offset = start;
+      channel = quotient(first, all.positions);
+    } else {
+      offset = start + first * kChannels;
+      vectors = all.vectors && offset % kCount == 0;
+    }
+    if constexpr (kChannels == 1) {
+      if (all.size - first < kCount) count = static_cast<int>(all.size - first), vectors = false;
+    }
   }
 };
 

@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kThreads)
   using I = Item<T, kWalk>;
   using W = Wide<T>;
   for (int64_t job = blockIdx.x; job < a.images.count * blocks; job += gridDim.x) {
-    const int64_t image = job / blocks, first = (job - image * blocks) * kItems * blockDim.x + threadIdx.x;
+    const int64_t image = quotient(job, blocks), first = (job - image * blocks) * kItems * blockDim.x + threadIdx.x;
     W kl = 0;
     for (int k = 0; k < kItems; ++k) {
       const int64_t i = first + k * blockDim.x;

@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kThreads)
     pixels_kernel(const T* __restrict__ x, uint8_t* __restrict__ out, int64_t images, int64_t pixels,
                   int64_t channels) {
   for (int64_t i = first_item(); i < images * pixels; i += item_stride()) {
-    const int64_t n = i / pixels, p = i - n * pixels;
+    const int64_t n = quotient(i, pixels), p = i - n * pixels;
     for (int64_t c = 0; c < channels; ++c)
       out[i * channels + c] = quantise(widen(x[(n * channels + c) * pixels + p]));
   }
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kThreads)
     rgb_kernel(const T* __restrict__ x, uint8_t* __restrict__ out, int64_t images, int64_t pixels) {
   const int64_t per_image = pixels / kCount;
   for (int64_t i = first_item(); i < images * per_image; i += item_stride()) {
-    const int64_t n = i / per_image, p = (i - n * per_image) * kCount;
+    const int64_t n = quotient(i, per_image), p = (i - n * per_image) * kCount;
     Pack<uint8_t, kCount> packs[3];
 #pragma unroll
     for (int c = 0; c < 3; ++c) {
