@@ -22,7 +22,7 @@ from fastgen.testing import CASES, EAGER, Inputs, OpCase, cases, frobenius_error
 # errs 9 times as much as its contiguous one, diffusers' fp32 tables 20 times as much as ours.
 OTHERS = 64.0
 # Held to the rule of Winograd's algorithm in fp32; in half precision the rounding of the result is larger.
-WINOGRAD = ("conv2d", "norm_act_conv2d", "conv2d_norm_act", "conv_transpose2d_norm_act")
+WINOGRAD = ("conv2d", "norm_act_conv2d", "conv2d_norm_act", "conv_transpose2d_norm_act", "modulated_conv2d")
 
 
 class Call:

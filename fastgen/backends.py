@@ -43,10 +43,13 @@ STEMS = {
     "conv2d_norm_act": "conv2d_norm_act",
     "conv_transpose2d_norm_act": "conv2d_norm_act",
     "upfirdn2d": "upfirdn2d",
+    "modulated_conv2d": "modulated_conv2d",
 }
 
 # Ops that run on the C++ kernels of another, which has all that they need.
-LAUNCHERS = dict.fromkeys(("norm_act_conv2d", "conv2d_norm_act", "conv_transpose2d_norm_act"), "conv2d")
+LAUNCHERS = dict.fromkeys(
+    ("norm_act_conv2d", "conv2d_norm_act", "conv_transpose2d_norm_act", "modulated_conv2d"), "conv2d"
+)
 
 # What "auto" tries, best first; an op that is not named takes the device's default.
 # On a GPU some ops have no kernel of their own yet, or none that was measured: PyTorch's operators.

@@ -278,6 +278,22 @@ def _conv_norm_act(
     return OpCase(op, label, make, differentiable, ("x", "residual"), bench)
 
 
+def _modulated_conv2d(
+    n: int, c: int, k: int, h: int, w: int, kernel: int = 3, *, gain: tuple[int, ...] | None = None,
+    bench: bool = False, **options: Any,
+) -> OpCase:  # fmt: skip
+    """gain: the shape of input_gain. options: demodulate, padding."""
+
+    def make(g: torch.Generator) -> Inputs:
+        made: Inputs = {"x": _normal(g, n, c, h, w), "w": _normal(g, k, c, kernel, kernel), **options}
+        made["s"] = _normal(g, n, c) / 2 + 1
+        return made | ({} if gain is None else {"input_gain": _normal(g, *gain).abs() + 0.5})
+
+    parts = [_shape(n, c, k, h, w), f"{kernel}x{kernel}", *(f"{name}{value}" for name, value in options.items())]
+    label = "-".join([*parts, *([] if gain is None else [f"gain{len(gain)}"])])
+    return OpCase("modulated_conv2d", label, make, ("x", "w", "s", "input_gain"), ("x",), bench)
+
+
 def _geometry(made: Inputs) -> Inputs:
     names = ("skip", "stride", "padding", "dilation", "groups", "upsample")
     return {name: made[name] for name in names if name in made}
@@ -424,6 +440,15 @@ CASES: dict[str, list[OpCase]] = {
         _conv_norm_act(2, 4, 5, 4, 3, transposed=True, stride=2, padding=1, output_padding=1, training=True),
         _conv_norm_act(64, 256, 128, 16, 4, transposed=True, stride=2, padding=1, bench=True),
         _conv_norm_act(64, 512, 256, 8, 4, transposed=True, stride=2, padding=1, bench=True),
+    ],
+    "modulated_conv2d": [
+        _modulated_conv2d(2, 5, 6, 7, 5, padding=1), _modulated_conv2d(3, 6, 4, 5, 6, demodulate=False, padding=(0, 2)),
+        _modulated_conv2d(2, 8, 3, 4, 4, 1, demodulate=False, gain=(8,)), _modulated_conv2d(1, 1, 1, 3, 3),
+        _modulated_conv2d(3, 7, 5, 6, 6, padding=2),
+        _modulated_conv2d(2, 24, 20, 13, 9, padding=1, gain=(2, 24)),
+        _modulated_conv2d(8, 256, 256, 16, 16, padding=1, bench=True),
+        _modulated_conv2d(4, 128, 128, 64, 64, padding=1, bench=True),
+        _modulated_conv2d(4, 128, 3, 64, 64, 1, demodulate=False, bench=True),
     ],
     "to_uint8": [
         _to_uint8(2, 3, 5, 7), _to_uint8(1, 1, 1, 1), _to_uint8(0, 3, 4, 4), _to_uint8(2, 4, 33, 31),
@@ -590,6 +615,22 @@ def _eager_upfirdn2d(
     return F.conv2d(x, f[:, None].expand(c, 1, len(f), 1), groups=c)[:, :, :: down[1], :: down[0]]
 
 
+def _eager_modulated_conv2d(
+    x: Tensor, w: Tensor, s: Tensor, demodulate: bool = True, padding: Any = 0, input_gain: Any = None
+) -> Tensor:
+    n, c, h, width = x.shape
+    if demodulate:
+        w = w * w.square().mean((1, 2, 3), keepdim=True).rsqrt()
+        s = s * s.square().mean().rsqrt()
+    each = w * s[:, None, :, None, None]
+    if demodulate:
+        each = each * (each.square().sum((2, 3, 4), keepdim=True) + 1e-8).rsqrt()
+    if input_gain is not None:
+        each = each * input_gain.expand(n, c)[:, None, :, None, None]
+    y = F.conv2d(x.reshape(1, n * c, h, width), each.flatten(0, 1), padding=padding, groups=n)
+    return y.reshape(n, len(w), *y.shape[2:])
+
+
 def _eager_to_uint8(x: Tensor) -> Tensor:
     return (x.clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
@@ -605,6 +646,7 @@ EAGER: dict[str, Callable] = {
     "norm_act_conv2d": _eager_norm_act_conv2d,
     "conv2d_norm_act": _eager_conv2d_norm_act,
     "conv_transpose2d_norm_act": _eager_conv_transpose2d_norm_act,
+    "modulated_conv2d": _eager_modulated_conv2d,
     "upfirdn2d": _eager_upfirdn2d,
     "to_uint8": _eager_to_uint8,
     "attention": ops.attention_reference,

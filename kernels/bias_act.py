@@ -239,7 +239,7 @@ def bias_act_fwd_kernel(
     CLAMP: tl.constexpr,
 ):  # fmt: skip
     """One tile of y."""
-    n, c, s, row, exists, inside = tile_of(tl.program_id(0), rows, channels, positions, INDEX, BLOCK_C, BLOCK_S)
+    n, c, s, _, exists, inside = tile_of(tl.program_id(0), rows, channels, positions, INDEX, BLOCK_C, BLOCK_S)
     z = biased(x_ptr, b_ptr, n, c, s, exists, inside, channels, positions, CHANNELS_LAST, WIDE)
     y = value(z, ACT, ALPHA) * GAIN
     if CLAMP is not None:

@@ -13,7 +13,7 @@ def work(inputs, outputs):
 
 
 def prepare(inputs):
-    """Moves x away from where lrelu has its kink: there a rounding of x + b decides over a whole gradient, by chance."""
+    """Moves x away from lrelu's kink: there a rounding of x + b decides over a whole gradient, by chance."""
     x, b = inputs["x"], inputs.get("b")
     z = x if b is None else x + b.reshape([-1 if i == inputs["dim"] else 1 for i in range(x.ndim)])
     with torch.no_grad():

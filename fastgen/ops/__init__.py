@@ -13,6 +13,7 @@ from fastgen.ops.conv2d_norm_act import (
 )
 from fastgen.ops.diffusion_step import diffusion_step, diffusion_step_reference
 from fastgen.ops.group_norm_act import group_norm_act, group_norm_act_reference
+from fastgen.ops.modulated_conv2d import modulated_conv2d, modulated_conv2d_reference
 from fastgen.ops.philox import (
     Stream,
     philox_bits,
@@ -53,6 +54,8 @@ __all__ = [
     "filter2d",
     "group_norm_act",
     "group_norm_act_reference",
+    "modulated_conv2d",
+    "modulated_conv2d_reference",
     "norm_act_conv2d",
     "norm_act_conv2d_reference",
     "philox_bits",

@@ -99,7 +99,7 @@ def bias_act_reference(
 
 
 def _numbers(x: Tensor, b: Tensor | None, how: tuple) -> tuple:
-    """What launchers are told: in memory (x is dense), element o has index o // step % C in b; the code, and numbers."""
+    """For launchers: in memory (x is dense) element o has index o // step % C in b; the code, and numbers."""
     dim, act, alpha, gain, clamp = how
     code, _, default_alpha, default_gain = FUNCTIONS[act]
     step = x.numel() if b is None or len(b) == 1 else x.stride(dim)
@@ -227,9 +227,9 @@ def _second_setup(ctx: Any, inputs: tuple, output: Any) -> None:
 
 
 def _third(ctx: Any, *grads: Tensor | None) -> tuple:
-    given = grads[:1] + (None, None) if ctx.how[1] in STRAIGHT else grads[:2] + (
-        None if ctx.saved_tensors[4] is None else grads[2],
-    )  # fmt: skip
+    ddy, dx, db = grads
+    straight, unbiased = ctx.how[1] in STRAIGHT, ctx.saved_tensors[4] is None
+    given = (ddy, None if straight else dx, None if straight or unbiased else db)
     with torch.enable_grad():
         return *vjp(lambda *t: _second_reference(*t, *ctx.how), ctx.saved_tensors, given), *[None] * 6
 

@@ -125,7 +125,7 @@ def downsample2d(
 
 def _pair(value: Scaling, name: str) -> list[int]:
     """(x, y)."""
-    pair = [value, value] if isinstance(value, int) else list(value)
+    pair = list(value) if isinstance(value, Sequence) else [value, value]
     if len(pair) != 2 or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in pair):
         raise ValueError(f"{name} must be a whole number of at least 1, or two of them (x, y), not {value!r}")
     return pair
@@ -133,7 +133,7 @@ def _pair(value: Scaling, name: str) -> list[int]:
 
 def _four(value: Scaling) -> list[int]:
     """left, right, top, bottom."""
-    four = [value] * 4 if isinstance(value, int) else list(value)
+    four = list(value) if isinstance(value, Sequence) else [value] * 4
     four = [four[0], four[0], four[1], four[1]] if len(four) == 2 else four
     if len(four) != 4 or not all(isinstance(v, int) for v in four):
         raise ValueError(f"padding must be a whole number, (x, y) or (left, right, top, bottom), not {value!r}")
@@ -173,7 +173,7 @@ def _output(size: Sequence[int], f: Tensor, up: Sequence[int], down: Sequence[in
     return height, (size[1] * up[0] + padding[0] + padding[1] - fw) // down[0] + 1
 
 
-# What follows takes the arguments of the schema, in its order; up and down are (x, y), padding left, right, top, bottom.
+# What follows takes the schema's arguments, in its order; up and down are (x, y), padding left, right, top, bottom.
 
 
 def _forward(x: Tensor, f: Tensor, up: Any, down: Any, padding: Any, flip: bool, gain: float, backend: Any) -> Tensor:

@@ -27,7 +27,16 @@ from fastgen.ops.diffusion_step import KEEP
 from fastgen.testing import Inputs, OpCase, frobenius_error, max_error, tolerance
 
 # The ops with kernels in C++ and in Triton, and a table of cases; and those with kernels in C++.
-NATIVE = ("philox_normal", "reparameterize", "q_sample", "diffusion_step", "group_norm_act", "to_uint8", "bias_act", "upfirdn2d")
+NATIVE = (
+    "philox_normal",
+    "reparameterize",
+    "q_sample",
+    "diffusion_step",
+    "group_norm_act",
+    "to_uint8",
+    "bias_act",
+    "upfirdn2d",
+)
 CONVOLUTIONS = ("conv2d", "norm_act_conv2d")
 CPP = (*NATIVE, "attention", "batch_norm_act", *CONVOLUTIONS)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

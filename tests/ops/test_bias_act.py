@@ -22,8 +22,10 @@ class TestBiasAct(OpSuite):
 
 PLACES = places("bias_act")
 # Other ways through the kernels: long runs of a channel and short ones, few channels and more than a tile is wide.
-SHAPES = [((3, 40, 9, 11), 1), ((2, 3, 70, 90), 1), ((300, 4, 1, 5), 1), ((9, 1100, 2), 1), ((70, 2100), 1),
-          ((5, 6, 7), 2), ((5, 6, 7), 0), ((3, 5, 2, 3, 4), 1), ((4, 1, 3, 5), 1), ((3000,), 0)]  # fmt: skip
+SHAPES = [
+    ((3, 40, 9, 11), 1), ((2, 3, 70, 90), 1), ((30, 4, 1, 5), 1), ((9, 1100, 2), 1), ((40, 2100), 1), ((3, 300), 1),
+    ((5, 6, 7), 2), ((5, 6, 7), 0), ((3, 5, 2, 3, 4), 1), ((4, 1, 3, 5), 1), ((3000,), 0),
+]  # fmt: skip
 
 
 def generator() -> torch.Generator:
@@ -113,8 +115,10 @@ def test_other_shapes(shape, dim, act):
 
     expected = results(bias_act_reference, *made)
     for place in PLACES:
+        if place.interpreted and made[0].numel() > 2000:  # a minute each
+            continue
         for layout in (torch.contiguous_format, *([torch.channels_last] if len(shape) == 4 else [])):
-            for n in (1, 2):
+            for n in (1,) if place.interpreted else (1, 2):
                 here = [t.to(place.device) for t in made]
                 here[0] = here[0].contiguous(memory_format=layout)
                 with threads(n):
