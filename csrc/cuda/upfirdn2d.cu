@@ -41,16 +41,11 @@ __device__ __forceinline__ void first_tap(const Axis& a, int output, int& tap, i
   pixel = (start + tap) / a.up;  // without a remainder
 }
 
-// value / by, and the remainder in value; short where both fit 32 bits, as they nearly always do.
+// value / by, and the remainder in value
 __device__ __forceinline__ int64_t split(int64_t& value, int64_t by) {
-  if ((value | by) >> 32 == 0) {
-    const uint32_t small = static_cast<uint32_t>(value), quotient = small / static_cast<uint32_t>(by);
-    value = small - quotient * static_cast<uint32_t>(by);
-    return quotient;
-  }
-  const int64_t quotient = value / by;
-  value -= quotient * by;
-  return quotient;
+  const int64_t whole = quotient(value, by);
+  value -= whole * by;
+  return whole;
 }
 
 // kWide channels of one output pixel a thread, in the order of memory.
