@@ -13,6 +13,7 @@
 
 namespace fastgen {
 
+// Of a block. Kernels say __launch_bounds__(kThreads, 1): without the 1, ptxas may spill to fit in one more block.
 constexpr int kThreads = 256;
 constexpr unsigned kFullWarp = 0xFFFFFFFFu;
 

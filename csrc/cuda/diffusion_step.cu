@@ -56,7 +56,7 @@ __device__ __forceinline__ void load_model(const I& item, const void* p, Dtype d
 }
 
 template <typename T, int kWalk>
-__global__ void __launch_bounds__(kThreads) diffusion_step_fwd_kernel(const Args<T> a) {
+__global__ void __launch_bounds__(kThreads, 1) diffusion_step_fwd_kernel(const Args<T> a) {
   using I = Item<T, kWalk>;
   using W = Wide<T>;
   const int64_t step = *a.step;

@@ -9,7 +9,7 @@ namespace {
 
 // seeds [N] -> out [N, *], contiguous
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     philox_normal_fwd_kernel(const Images images, const int64_t* seeds, int64_t step, Stream stream, T* out) {
   using I = Item<T, kRows>;
   for (int64_t i = first_item(); i < images.count * images.items; i += item_stride()) {
@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // seeds [N] -> words [N, size]; a thread has the words of one counter
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     philox_bits_fwd_kernel(const Images images, const int64_t* seeds, int64_t step, int64_t stream, int64_t* words) {
   for (int64_t i = first_item(); i < images.count * images.items; i += item_stride()) {
     const Item<float, kRows> item(images, i);

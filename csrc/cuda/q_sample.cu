@@ -18,7 +18,7 @@ struct Args {
 };
 
 template <typename T, int kWalk>
-__global__ void __launch_bounds__(kThreads) q_sample_fwd_kernel(const Args<T> a) {
+__global__ void __launch_bounds__(kThreads, 1) q_sample_fwd_kernel(const Args<T> a) {
   using I = Item<T, kWalk>;
   using W = Wide<T>;
   for (int64_t i = first_item(); i < a.images.count * a.images.items; i += item_stride()) {

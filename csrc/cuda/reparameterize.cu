@@ -40,7 +40,7 @@ __device__ __forceinline__ W twice_kl(W sigma, W mu, W logvar) {
 
 // z [N, *]; parts [N, blocks], the share in the KL of each block's items
 template <typename T, int kWalk>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     reparameterize_fwd_kernel(const Args<T> a, T* z, Wide<T>* parts, int64_t blocks) {
   using I = Item<T, kWalk>;
   using W = Wide<T>;
@@ -52,9 +52,9 @@ __global__ void __launch_bounds__(kThreads)
       if (i >= a.images.items) break;
       const I item(a.images, image, i);
       W mu[I::kCount], logvar[I::kCount], noise[I::kCount];
+      load_noise(a, item, noise);  // first: its square root is a call, around which little should have to be kept
       item.load(a.mu, mu);
       item.load(a.logvar, logvar);
-      load_noise(a, item, noise);
 #pragma unroll
       for (int j = 0; j < I::kCount; ++j) {
         const W sigma = exp_(logvar[j] * W(0.5));
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // parts [N, blocks] -> kl [N], a warp an image
 template <typename W>
-__global__ void __launch_bounds__(32) reparameterize_sum_kernel(const W* parts, W* kl, int64_t images, int64_t blocks) {
+__global__ void __launch_bounds__(32, 1) reparameterize_sum_kernel(const W* parts, W* kl, int64_t images, int64_t blocks) {
   for (int64_t n = blockIdx.x; n < images; n += gridDim.x) {
     double sum = 0;
     for (int64_t i = threadIdx.x; i < blocks; i += 32) sum += parts[n * blocks + i];
@@ -81,18 +81,18 @@ __global__ void __launch_bounds__(32) reparameterize_sum_kernel(const W* parts, 
 
 // dmu = dz + dkl mu;  dlogvar = 1/2 (dz noise exp(logvar/2) + dkl (exp(logvar) - 1)). dz [N, *] or null, dkl [N] or null
 template <typename T, int kWalk>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     reparameterize_bwd_kernel(const Args<T> a, const T* dz, const Wide<T>* dkl, T* dmu, T* dlogvar) {
   using I = Item<T, kWalk>;
   using W = Wide<T>;
   for (int64_t i = first_item(); i < a.images.count * a.images.items; i += item_stride()) {
     const I item(a.images, i);
     W d[I::kCount] = {}, logvar[I::kCount], noise[I::kCount] = {}, mu[I::kCount] = {}, g = 0;
-    item.load(a.logvar, logvar);
     if (dz != nullptr) {
+      load_noise(a, item, noise);  // first, as above
       item.load(dz, d);
-      load_noise(a, item, noise);
     }
+    item.load(a.logvar, logvar);
     if (dkl != nullptr) {
       item.load(a.mu, mu);
       g = dkl[item.image];

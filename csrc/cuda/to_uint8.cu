@@ -21,7 +21,7 @@ __device__ uint8_t quantise(double x) {
 // Bytes in the order of x: channels_last input, or one channel. x [size], out [size]; whole packs of kCount, then
 // the rest one by one.
 template <typename T, int kCount>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     flat_kernel(const T* __restrict__ x, uint8_t* __restrict__ out, int64_t size) {
   const int64_t packs = size / kCount;
   for (int64_t i = first_item(); i < packs; i += item_stride()) {
@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // Contiguous x [N, C, pixels] to out [N, pixels, C], for any C and alignment: a thread has one pixel.
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     pixels_kernel(const T* __restrict__ x, uint8_t* __restrict__ out, int64_t images, int64_t pixels,
                   int64_t channels) {
   for (int64_t i = first_item(); i < images * pixels; i += item_stride()) {
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kThreads)
 // The same for C = 3 and kCount, a multiple of 4, dividing pixels: a thread has kCount pixels of one image, so that
 // it reads whole vectors of each plane and writes the 3 kCount bytes that follow each other.
 template <typename T, int kCount>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     rgb_kernel(const T* __restrict__ x, uint8_t* __restrict__ out, int64_t images, int64_t pixels) {
   const int64_t per_image = pixels / kCount;
   for (int64_t i = first_item(); i < images * per_image; i += item_stride()) {
