@@ -1,5 +1,5 @@
-"""group_norm_act, bias_act and upfirdn2d in CUDA C++, beyond what test_cuda_on_cpu.py asks of every kernel: the ways that
-large tensors take, on small ones; 16-byte accesses in each layout; which elements a thread has."""
+"""group_norm_act, bias_act and upfirdn2d in CUDA C++, beyond what test_cuda_on_cpu.py asks of every kernel: the ways
+that large tensors take, on small ones; 16-byte accesses in each layout; which elements a thread has."""
 
 from __future__ import annotations
 
@@ -117,7 +117,8 @@ def elements(shape: tuple, found: list[int]) -> list[tuple[int, int]]:
 def test_every_element_has_one_thread(kernels: Any, shape: tuple) -> None:  # noqa: F811
     channels, early, positions, *_ = shape
     images, blocks = 2, places(kernels, shape, 0, 0)[7]
-    seen = [e for b in range(images * blocks) for t in range(256) for e in elements(shape, places(kernels, shape, b, t))]
+    threads = [(block, thread) for block in range(images * blocks) for thread in range(256)]
+    seen = [e for where in threads for e in elements(shape, places(kernels, shape, *where))]
     sizes = (images * early * positions, images * (channels - early) * positions)
     assert sorted(seen) == [(source, e) for source in (0, 1) for e in range(sizes[source])]
 
@@ -133,7 +134,7 @@ def test_offsets_beyond_32_bits(kernels: Any, shape: tuple) -> None:  # noqa: F8
     channels, early, positions, columns, _ = shape
     blocks = places(kernels, shape, 0, 0)[7]
     for block in (0, blocks // 2, blocks - 1, min(3 * blocks, 2**31) - 1):
-        image, channel, first, end, lanes, start, step, _, each = places(kernels, shape, block, 5)
+        image, channel, first, end, _, start, step, _, each = places(kernels, shape, block, 5)
         assert image == block // blocks and 0 <= channel < channels and 0 <= first <= end
         own, c = (early, channel) if channel < early else (channels - early, channel - early)
         base = 2**60 * (channel >= early) + image * own * positions

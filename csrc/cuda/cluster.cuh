@@ -1,5 +1,5 @@
-// Blocks that reach into one another's shared memory (thread block clusters, compute capability 9.0 on), and copies into
-// shared memory that no register waits for (8.0 on). Like launch.cuh this file has its double in tests/cuda_on_cpu.
+// Blocks that reach into one another's shared memory (thread block clusters, compute capability 9.0 on), and copies
+// into shared memory that no register waits for (8.0 on). Like launch.cuh this file has its double in tests/cuda_on_cpu.
 #pragma once
 
 #include "cuda/launch.cuh"

@@ -3,16 +3,16 @@
 // One block reads a bundle of whole groups of an image into shared memory and has everything it needs: x is read once.
 // Where a bundle is large, the blocks of a cluster share it, each with its positions, and read one another's sums
 // (compute capability 9.0 on). What fits no cluster's memory is split: every block leaves the statistics of its part in
-// a slot of its own, a second kernel combines them, a third writes the result. The shape of one image decides, every sum
-// has a fixed order, and nothing is added atomically: an image gives the same bits in any batch.
+// a slot of its own, a second kernel combines them, a third writes the result. The shape of one image decides, every
+// sum has a fixed order, and nothing is added atomically: an image gives the same bits in any batch.
 //
 // Statistics are centred: each channel of a block about its own mean, then pooled about the group's (Chan, Golub &
 // LeVeque 1979). The backward needs two sums of each channel, S1 = sum dz and S2 = sum dz (x - mean), where
 // z = (x - mean) rstd a + d is made again from x: with k1 = rstd mean(a dz) and k2 = rstd³ mean(a dz (x - mean)), means
 // over the group, dx = rstd a dz - k1 - (x - mean) k2.
 //
-// Least traffic, e bytes an element, E = N C S elements: forward 2 e E, backward 3 e E; split 3 e E and 5 e E, less what
-// the L2 cache still has of the first reading. On an H200 (4.8 TB/s), for 64 MB of bf16 (E = 32 M): 28 µs forward,
+// Least traffic, e bytes an element, E = N C S elements: forward 2 e E, backward 3 e E; split 3 e E and 5 e E, less
+// what the L2 cache still has of the first reading. On an H200 (4.8 TB/s), for 64 MB of bf16 (E = 32 M): 28 µs forward,
 // 42 µs backward, split 42 and 70. Arithmetic, SiLU: some 20 instructions an element forward and 45 backward, which at
 // 132 SMs x 128 lanes x 1.8 GHz are 22 µs and 50 µs: in half precision the forward is near both limits and the backward
 // is bound by its instructions, hence the short exponential of activate() there.
@@ -34,6 +34,7 @@ constexpr int64_t kClusterPart = 96 * 1024;  // shared memory of a cluster's blo
 
 struct GroupPlan : Plan {
   int early;          // channels of x; skip has the others
+  int common;         // what both have a multiple of
   int width, groups;  // channels of a group, groups
 };
 
@@ -176,8 +177,8 @@ __device__ void fetch(const Place<kVec, kWide>& at, const Line<const T>& from, P
 
 // Mean and centred sum of squares of each of the block's channels over the block's items: mean, m2 [count], shared.
 template <typename T, int kVec, int kWide, typename W>
-__device__ void channel_moments(const GroupPlan& p, const Place<kVec, kWide>& at, const Pack<T, kVec>* slots, W* scratch,
-                                W* mean, W* m2) {
+__device__ void channel_moments(const GroupPlan& p, const Place<kVec, kWide>& at, const Pack<T, kVec>* slots,
+                                W* scratch, W* mean, W* m2) {
   const Pack<T, kVec>* own = slots + threadIdx.x;
   const int64_t count = at.positions(p, at.part);
   W sum[kWide] = {}, square[kWide] = {}, centre[kWide];
@@ -616,6 +617,7 @@ GroupPlan shape_of(const Tensor& x, const Tensor& y, int64_t num_groups) {
   GroupPlan p{};
   p.channels = static_cast<int>(y.size(1));
   p.early = static_cast<int>(x.size(1));
+  p.common = std::gcd(p.early, p.channels);
   p.positions = y.numel() / (y.size(0) * p.channels);
   p.groups = static_cast<int>(num_groups);
   p.width = p.channels / p.groups;
@@ -641,7 +643,7 @@ void group_norm_act_fwd(const Tensor& x, const OptTensor& skip, const OptTensor&
   const int code = static_cast<int>(act);
   const bool whole = aligned(x.const_data_ptr()) && aligned(y.const_data_ptr()) &&
                      (!skip || aligned(skip->const_data_ptr()));
-  for_accesses(x, "group_norm_act", shape, whole, std::gcd(shape.early, shape.channels), [&](auto zero, auto vec, auto wide) {
+  for_accesses(x, "group_norm_act", shape, whole, shape.common, [&](auto zero, auto vec, auto wide) {
     using T = decltype(zero);
     using W = Wide<T>;
     constexpr int kVec = vec, kWide = wide;
@@ -678,7 +680,7 @@ void group_norm_act_bwd(const Tensor& dy, const Tensor& x, const OptTensor& skip
   const int code = static_cast<int>(act);
   const bool whole = aligned(x.const_data_ptr()) && aligned(dy.const_data_ptr()) && aligned(dx.const_data_ptr()) &&
                      (!skip || (aligned(skip->const_data_ptr()) && aligned(dskip->const_data_ptr())));
-  for_accesses(x, "group_norm_act", shape, whole, std::gcd(shape.early, shape.channels), [&](auto zero, auto vec, auto wide) {
+  for_accesses(x, "group_norm_act", shape, whole, shape.common, [&](auto zero, auto vec, auto wide) {
     using T = decltype(zero);
     using W = Wide<T>;
     constexpr int kVec = vec, kWide = wide;

@@ -106,8 +106,8 @@ __device__ __forceinline__ void put(const Line<T>& to, int64_t item, const Pack<
   *reinterpret_cast<Pack<T, kVec>*>(to.at + item * to.step) = pack;
 }
 
-// The sums over the lanes of each line, in a fixed order, in the sum of lane 0. scratch: [kCount, kThreads], shared; the
-// caller synchronises before it is used again.
+// The sums over the lanes of each line, in a fixed order, in the sum of lane 0. scratch: [kCount, kThreads], shared;
+// the caller synchronises before it is used again.
 template <int kCount, int kVec, int kWide, typename W>
 __device__ void fold_lanes(const Place<kVec, kWide>& at, W (&sum)[kCount], W* scratch) {
   W* own = scratch + threadIdx.x;

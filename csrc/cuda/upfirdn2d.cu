@@ -50,7 +50,7 @@ __device__ __forceinline__ int64_t split(int64_t& value, int64_t by) {
 
 // kWide channels of one output pixel a thread, in the order of memory.
 template <typename T, typename R, int kWide, typename W>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     upfirdn2d_direct_kernel(const T* x,  // [N, C, H, W]
                             const W* f,  // [taps y, taps x]
                             R* y,        // [N, C, H', W']
@@ -100,7 +100,7 @@ struct Tiling {
 // One tile. Shared memory, of W: the filter, [planes, in_h, in_w] pixels and, where the filter is separable, [planes,
 // in_h, tile width] sums of rows.
 template <typename T, int kUp, int kDown, bool kSeparable, typename W>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     upfirdn2d_tile_kernel(const T* x,  // [N, C, H, W]
                           const W* f,  // [taps y, taps x], or [taps] of a separable filter
                           T* y,        // [N, C, H', W']
@@ -216,7 +216,8 @@ void direct(const T* x, const W* f, R* y, const Sampling& s, double gain, cudaSt
 }
 
 // x: [N, C, H, W], y: [N, C, H', W'], both contiguous or both channels last; f: [fh, fw], or [taps] of a separable
-// filter, contiguous in fp32 (fp64 for fp64). pad_x, pad_y: zeros left of and above the upsampled image, or pixels cropped
+// filter, contiguous in fp32 (fp64 for fp64). pad_x, pad_y: zeros left of and above the upsampled image, or pixels
+// cropped.
 void upfirdn2d_fwd(const Tensor& x, const Tensor& f, int64_t up_x, int64_t up_y, int64_t down_x, int64_t down_y,
                    int64_t pad_x, int64_t pad_y, bool flip, double gain, const Tensor& y) {
   if (y.numel() == 0) return;

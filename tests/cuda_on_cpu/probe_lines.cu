@@ -19,7 +19,8 @@ void look(const Plan& shape, int early, int64_t block, int64_t thread, int64_t* 
   std::copy(std::begin(found), std::end(found), to);
 }
 
-// out [9]: image, channel, first item, end, lanes, where the line starts, step, blocks of an image, elements of an item.
+// out [9]: image, channel, first item, end, lanes, where the line starts, step, blocks of an image, elements of an
+// item.
 void lines(int64_t channels, int64_t early, int64_t positions, bool columns, bool vectors, int64_t block,
            int64_t thread, const Tensor& result) {
   Plan p{};
