@@ -45,7 +45,7 @@ def kernels(request: pytest.FixtureRequest) -> Any:
     torch_folder, torch_version = build.find_torch()
     flags = [f for f in build.CXX_FLAGS if f != "-O3"] + ["-O1", "-Wno-unknown-pragmas", "-fsanitize=alignment"]
     command = [*compiler, "-x", "c++", *flags, f"-I{STAND_IN}", f"-I{CSRC}", "-isystem", torch_folder / "include"]
-    sources = [*(CSRC / "cuda").glob("*.cu"), STAND_IN / "probe.cu", STAND_IN / "runtime.cpp"]
+    sources = [*(CSRC / "cuda").glob("*.cu"), *STAND_IN.glob("*.cu"), STAND_IN / "runtime.cpp"]
     headers = [*CSRC.rglob("*.h"), *CSRC.rglob("*.cuh"), *STAND_IN.rglob("*.h"), *STAND_IN.rglob("*.cuh")]
     folder = Path(request.config.cache.mkdir("cuda_on_cpu"))
     objects = compile_cached(command, sources, headers, folder, f"{version} {torch_version}")

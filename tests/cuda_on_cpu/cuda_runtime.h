@@ -38,10 +38,14 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;  // those of the thread that
 namespace cuda_on_cpu {
 
 // Runs every thread of every block; throws where threads wait for one another in vain or a pointer was misaligned.
-void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread);
+// Blocks run one after the other, those of a cluster together; then they must do without static __shared__ arrays.
+void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread, unsigned cluster = 1);
 void* shared_memory();
+const void* shared_of_rank(const void* p, int rank);
 
 void wait_for_block();
+void arrive_at_cluster();
+void wait_for_cluster();
 // The bits that lane `from` gave; every lane of the mask must come.
 uint64_t exchange(unsigned mask, uint64_t bits, int from);
 int lane();

@@ -16,28 +16,30 @@ namespace {
 
 constexpr size_t kStack = 256 * 1024;
 
-enum class State { fresh, running, at_block, at_warp, done };
+enum class State { fresh, running, at_block, at_warp, at_cluster, done };
 
 struct Thread {
-  dim3 index;
+  dim3 index, block;
+  int rank = 0;  // of its block in the cluster
   State state = State::fresh;
-  int fiber = -1, exchanges = 0;
+  int fiber = -1, exchanges = 0, arrivals = 0;
   unsigned mask = 0;
 };
 
 struct Fiber {
   ucontext_t context{};
-  std::vector<char> stack = std::vector<char>(kStack);
+  std::unique_ptr<char[]> stack{new char[kStack]};  // not filled: most of it is never touched
 };
 
 bool descending = false;
 std::mutex mutex;  // one kernel at a time
 std::string problem;
-std::vector<Thread> threads;
+std::vector<Thread> threads;  // of a block, or of all blocks of a cluster
 std::vector<std::unique_ptr<Fiber>> fibers;
 std::vector<int> idle;  // fibers without a thread
 std::vector<uint64_t> slots[2];
 std::vector<char> shared;
+size_t shared_stride;  // from one block's to the next one's
 ucontext_t scheduler;
 const std::function<void()>* body;
 int current, next;  // threads, by their place in `threads`; next is the first that has not begun
@@ -46,6 +48,7 @@ void enter(int thread) {
   current = thread;
   threads[thread].state = State::running;
   threadIdx = threads[thread].index;
+  blockIdx = threads[thread].block;
 }
 
 int in_order(int i) { return descending ? static_cast<int>(threads.size()) - 1 - i : i; }
@@ -76,7 +79,7 @@ void begin_threads() {
       fibers.push_back(std::make_unique<Fiber>());
       auto& made = *fibers.back();
       getcontext(&made.context);
-      made.context.uc_stack = {made.stack.data(), 0, made.stack.size()};
+      made.context.uc_stack = {made.stack.get(), 0, kStack};
       makecontext(&made.context, reinterpret_cast<void (*)()>(fiber_main), 1, fiber);
       idle.push_back(fiber);
     }
@@ -93,7 +96,8 @@ void resume(const std::vector<int>& released) {
   }
 }
 
-// The threads that may go on: a warp whose exchange is complete, or else the whole block; none where all are stuck.
+// The threads that may go on: a warp whose exchange is complete, or else a whole block, or those that wait for a
+// cluster whose other threads have arrived as often; none where all are stuck.
 std::vector<int> released() {
   const int count = static_cast<int>(threads.size());
   std::vector<int> found;
@@ -113,14 +117,24 @@ std::vector<int> released() {
       for (int t = warp; t < std::min(warp + 32, count); ++t)
         if (threads[t].state == State::at_warp) found.push_back(t);
   }
-  if (found.empty() && std::all_of(threads.begin(), threads.end(), [](auto& t) { return t.state == State::at_block; }))
-    for (int t = 0; t < count; ++t) found.push_back(t);
+  const int size = static_cast<int>(blockDim.x * blockDim.y * blockDim.z);
+  for (int first = 0; found.empty() && first < count; first += size) {
+    const auto begin = threads.begin() + first;
+    if (std::all_of(begin, begin + size, [](auto& t) { return t.state == State::at_block; }))
+      for (int t = first; t < first + size; ++t) found.push_back(t);
+  }
+  if (found.empty()) {
+    const auto least = [](auto& a, auto& b) { return a.arrivals < b.arrivals; };
+    const int arrivals = std::min_element(threads.begin(), threads.end(), least)->arrivals;
+    for (int t = 0; t < count; ++t)
+      if (threads[t].state == State::at_cluster && threads[t].arrivals <= arrivals) found.push_back(t);
+  }
   if (descending) std::reverse(found.begin(), found.end());
   return found;
 }
 
 void run_block() {
-  for (auto& thread : threads) thread.state = State::fresh, thread.exchanges = 0;
+  for (auto& thread : threads) thread.state = State::fresh, thread.exchanges = thread.arrivals = 0;
   next = 0;
   begin_threads();
   while (std::any_of(threads.begin(), threads.end(), [](auto& t) { return t.state != State::done; })) {
@@ -136,32 +150,50 @@ void run_block() {
 
 }  // namespace
 
-void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread) {
+void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread, unsigned cluster) {
   const std::lock_guard lock(mutex);
   STD_TORCH_CHECK(grid.x > 0 && grid.x < 1u << 31 && grid.y > 0 && grid.y < 65536 && grid.z > 0 && grid.z < 65536,
                   "grid of ", grid.x, " x ", grid.y, " x ", grid.z);
   const unsigned size = block.x * block.y * block.z;
   STD_TORCH_CHECK(size > 0 && size <= 1024 && shared_bytes <= 227 * 1024, "block of ", size, ", ", shared_bytes);
+  STD_TORCH_CHECK(cluster > 0 && grid.x % cluster == 0 && (cluster == 1 || size % 32 == 0), "clusters of ", cluster);
   problem.clear();
   blockDim = block, gridDim = grid;
   body = &thread;
-  threads.assign(size, {});
-  for (unsigned i = 0; i < size; ++i) threads[i].index = {i % block.x, i / block.x % block.y, i / block.x / block.y};
-  for (auto& slot : slots) slot.assign((size + 31) / 32 * 32, 0);
-  const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
+  threads.assign(size * cluster, {});
+  for (unsigned t = 0; t < size * cluster; ++t) {
+    const unsigned i = t % size;
+    threads[t].index = {i % block.x, i / block.x % block.y, i / block.x / block.y};
+    threads[t].rank = static_cast<int>(t / size);
+  }
+  for (auto& slot : slots) slot.assign((threads.size() + 31) / 32 * 32, 0);
+  shared_stride = (shared_bytes + 15) / 16 * 16;
+  const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z / cluster;
   for (uint64_t i = 0; i < blocks && problem.empty(); ++i) {
     const uint64_t b = descending ? blocks - 1 - i : i;
-    blockIdx = {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
-                static_cast<unsigned>(b / grid.x / grid.y)};
-    shared.assign(shared_bytes + 16, static_cast<char>(0xFF));  // NaN: nothing lies there yet
+    for (auto& t : threads) {
+      const uint64_t at = b * cluster + static_cast<unsigned>(t.rank);
+      t.block = {static_cast<unsigned>(at % grid.x), static_cast<unsigned>(at / grid.x % grid.y),
+                 static_cast<unsigned>(at / grid.x / grid.y)};
+    }
+    shared.assign(shared_stride * cluster + 16, static_cast<char>(0xFF));  // NaN: nothing lies there yet
     run_block();
   }
   STD_TORCH_CHECK(problem.empty(), problem);
 }
 
 void* shared_memory() {
-  return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(shared.data()) + 15) / 16 * 16);
+  const auto base = (reinterpret_cast<uintptr_t>(shared.data()) + 15) / 16 * 16;
+  return reinterpret_cast<void*>(base + static_cast<size_t>(threads[current].rank) * shared_stride);
 }
+
+const void* shared_of_rank(const void* p, int rank) {
+  if (rank < 0 || rank > threads.back().rank) problem = "a block's rank outside of the cluster";
+  return static_cast<const char*>(p) + (rank - threads[current].rank) * static_cast<ptrdiff_t>(shared_stride);
+}
+
+void arrive_at_cluster() { ++threads[current].arrivals; }
+void wait_for_cluster() { wait(State::at_cluster); }
 
 void wait_for_block() { wait(State::at_block); }
 
