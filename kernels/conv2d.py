@@ -38,21 +38,23 @@ ENOUGH = 128  # programs that keep a GPU busy
 def blocks(target: str, dtype: torch.dtype, rows: int, columns: int, depth: int, task: str) -> dict[str, int]:
     """BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages for a product of [rows, depth] and [depth, columns].
 
-    target: `architecture`'s. task: "fwd" (forward and data gradient), where depth counts channels and each tap adds as
-    many again, or "weight_bwd", where it counts pixels. Which image gets which bits must not depend on ``rows``, so
+    target: `architecture`'s. task: "conv" (also the data gradient) and "norm_act_conv", where depth counts the channels
+    of one tap, or "weight_bwd", where it counts pixels. Which bits an image gets must not depend on ``rows``, so
     BLOCK_K does not.
     """
     few = {"num_warps": 4, "num_stages": STAGES.get(target, 2)}
     block_n = min(128, max(16, triton.next_power_of_2(columns)))
     if target == "cpu":  # Triton's interpreter: small, so that small tests have several
-        return {"BLOCK_M": 32, "BLOCK_N": min(32, block_n), "BLOCK_K": 16 if task == "fwd" else 64, **few}
+        return {"BLOCK_M": 32, "BLOCK_N": min(32, block_n), "BLOCK_K": 64 if task == "weight_bwd" else 16, **few}
     if dtype == torch.float64:
         return {"BLOCK_M": 32, "BLOCK_N": min(32, block_n), "BLOCK_K": 16, **few, "num_stages": 2}
     if dtype == torch.float32:
-        return {"BLOCK_M": 64, "BLOCK_N": min(64, block_n), "BLOCK_K": 16, **few, "num_stages": 2}
-    block_k = 64 if task != "fwd" else min((64, 32, 16), key=lambda b: (triton.cdiv(depth, b) * b, -b))
+        most = 32 if task == "weight_bwd" else 64
+        return {"BLOCK_M": 64, "BLOCK_N": min(most, block_n), "BLOCK_K": 16, **few, "num_stages": 2}
+    steps = {"conv": (64, 32, 16), "norm_act_conv": (32, 16), "weight_bwd": (64,)}[task]
+    block_k = min(steps, key=lambda b: (triton.cdiv(depth, b) * b, -b))
     block_m = 128 if rows > 64 else 64
-    if task == "fwd":
+    if task != "weight_bwd":
         while block_m * block_n > 64 * 64 and triton.cdiv(rows, block_m) * triton.cdiv(columns, block_n) < ENOUGH:
             block_m, block_n = (64, block_n) if block_m > 64 else (64, block_n // 2)
     warps = 8 if block_m * block_n > 64 * 128 else 4
@@ -167,8 +169,8 @@ def _convolve(
     groups = (outputs if transposed else channels) // weight.shape[1]
     sh, sw = (where["SH"], where["SW"]) if transposed else (1, 1)
     gh, gw = triton.cdiv(yh, sh), triton.cdiv(yw, sw)
-    columns = outputs // groups
-    sizes = blocks(architecture(x), x.dtype, n * yh * yw, columns, channels // groups, "fwd")
+    columns, task = outputs // groups, "conv" if maps[0] is None else "norm_act_conv"
+    sizes = blocks(architecture(x), x.dtype, n * yh * yw, columns, channels // groups, task)
     columns_tiles = triton.cdiv(columns, sizes["BLOCK_N"])
     strides = weight.stride()
     with on_device_of(x):
