@@ -49,16 +49,19 @@ def load_pixels(
     x_ptr,  # [N, H, W, C1]
     a_ptr,  # [N, C] or None
     d_ptr,  # [N, C] or None
-    n, y, x, exists, c, first, end, height, width, x_channels, channels,
+    n, image, y, x, exists, c, first, end, height, width, x_channels, channels,
     UPSAMPLE: tl.constexpr, ACT: tl.constexpr, WIDE: tl.constexpr, IMAGES: tl.constexpr,
 ):  # fmt: skip
     """[BLOCK, BC]: act(a x + d) of channels c < end at the pixels (y, x) of the upsampled image; 0 outside of it.
 
-    first: where in the C channels of both sources those of this one begin.
+    image: n H W C1; first: where in the C channels of both sources those of this one begin.
     """
-    inside = exists & (y >= 0) & (x >= 0) & (y < height * UPSAMPLE) & (x < width * UPSAMPLE)
-    row = x_ptr + n * height * width * x_channels + (y // UPSAMPLE * width + x // UPSAMPLE) * x_channels
-    v = tl.load(row[:, None] + c[None, :], mask=inside[:, None] & (c < end)[None, :], other=0.0)
+    inside = exists & (y >= 0) & (x >= 0)
+    if UPSAMPLE > 1:
+        y, x = y // UPSAMPLE, x // UPSAMPLE
+    inside &= (y < height) & (x < width)
+    at = (image + (y * width + x) * x_channels)[:, None] + c[None, :]
+    v = tl.load(x_ptr + at, mask=inside[:, None] & (c < end)[None, :], other=0.0)
     if a_ptr is not None:
         if IMAGES == 1:
             at = (n * channels + first + c)[None, :]
@@ -87,22 +90,25 @@ def add_products(
 ):  # fmt: skip
     """acc [BM, BN] + the products of channels begin … end - 1 of one source, for all taps.
 
-    Tap (i, j) reads pixel (y + i STEP_Y, x + j STEP_X) and weight (tap_y + i TAP_STEP_Y, tap_x + j TAP_STEP_X). All taps of a
-    block of channels come before the next block, so that what they read in common is still near.
+    Tap (i, j) reads pixel (y + i STEP_Y, x + j STEP_X) and weight (tap_y + i TAP_STEP_Y, tap_x + j TAP_STEP_X). All
+    taps of a block of channels come before the next block, so that what they read in common is still near.
     """
     taps = taps_y * taps_x
+    image = n * height * width * x_channels
+    weight_ptr += (first - group_begin) * w_in + tap_y * w_y + tap_x * w_x
+    columns = (k * w_out)[None, :]
+    exist = (k < k_end)[None, :]
     for step in range(0, tl.cdiv(end - begin, BLOCK_K) * taps):
         tap = step % taps
         i = tap // taps_x
         j = tap % taps_x
         c = begin + step // taps * BLOCK_K + tl.arange(0, BLOCK_K)
         v = load_pixels(
-            x_ptr, a_ptr, d_ptr, n, y + i * STEP_Y, x + j * STEP_X, exists, c, first, end, height, width, x_channels,
-            channels, UPSAMPLE, ACT, WIDE, IMAGES,
+            x_ptr, a_ptr, d_ptr, n, image, y + i * STEP_Y, x + j * STEP_X, exists, c, first, end, height, width,
+            x_channels, channels, UPSAMPLE, ACT, WIDE, IMAGES,
         )  # fmt: skip
-        at = weight_ptr + (tap_y + i * TAP_STEP_Y) * w_y + (tap_x + j * TAP_STEP_X) * w_x
-        at = at + (first + c - group_begin)[:, None] * w_in + k[None, :] * w_out
-        w = tl.load(at, mask=(c < end)[:, None] & (k < k_end)[None, :], other=0.0)
+        at = (c * w_in + (i * TAP_STEP_Y * w_y + j * TAP_STEP_X * w_x))[:, None] + columns
+        w = tl.load(weight_ptr + at, mask=(c < end)[:, None] & exist, other=0.0)
         acc = tl.dot(v, w.to(v.dtype), acc, input_precision="ieee", out_dtype=WIDE)
     return acc
 

@@ -44,8 +44,8 @@ def blocks(target: str, dtype: torch.dtype, rows: int, columns: int, depth: int,
     """
     few = {"num_warps": 4, "num_stages": STAGES.get(target, 2)}
     block_n = min(128, max(16, triton.next_power_of_2(columns)))
-    if target == "cpu":  # Triton's interpreter: small, so that small tests have several
-        return {"BLOCK_M": 32, "BLOCK_N": min(32, block_n), "BLOCK_K": 64 if task == "weight_bwd" else 16, **few}
+    if target == "cpu":  # Triton's interpreter, whose time is the number of operations, of whatever size
+        return {"BLOCK_M": 128, "BLOCK_N": min(64, block_n), "BLOCK_K": 128 if task == "weight_bwd" else 32, **few}
     if dtype == torch.float64:
         return {"BLOCK_M": 32, "BLOCK_N": min(32, block_n), "BLOCK_K": 16, **few, "num_stages": 2}
     if dtype == torch.float32:
@@ -297,12 +297,12 @@ def conv2d_weight_bwd_kernel(
     for unit in range(split * chunk, tl.minimum(split * chunk + chunk, count)):
         n, v, u, exists = tile_pixels(unit, tiles, images, positions, grid_width, IMAGES, BLOCK_K, INDEX)
         h = load_pixels(
-            x_ptr, a_ptr, d_ptr, n, v - pt + tap // KW, u - pl + tap % KW, exists, c, first, x_channels, height, width,
-            x_channels, channels, 1, ACT, WIDE, IMAGES,
+            x_ptr, a_ptr, d_ptr, n, n * height * width * x_channels, v - pt + tap // KW, u - pl + tap % KW, exists, c,
+            first, x_channels, height, width, x_channels, channels, 1, ACT, WIDE, IMAGES,
         )  # fmt: skip
         dy = load_pixels(
-            dy_ptr, None, None, n, v, u, exists, k, 0, outputs, positions // grid_width, grid_width, outputs, outputs,
-            1, 0, WIDE, IMAGES,
+            dy_ptr, None, None, n, n * positions * outputs, v, u, exists, k, 0, outputs, positions // grid_width,
+            grid_width, outputs, outputs, 1, 0, WIDE, IMAGES,
         )  # fmt: skip
         acc = tl.dot(tl.trans(dy), h.to(dy.dtype), acc, input_precision="ieee", out_dtype=WIDE)
     at = ((split * outputs + k[:, None]) * (KH * KW) + tap) * channels + first + c[None, :]
