@@ -28,9 +28,7 @@ def units(n: int, positions: int, block: int) -> int:
 
 
 @triton.jit
-def tile_pixels(
-    unit, tiles, images, positions, width, IMAGES: tl.constexpr, BLOCK: tl.constexpr, INDEX: tl.constexpr
-):
+def tile_pixels(unit, tiles, images, positions, width, IMAGES: tl.constexpr, BLOCK: tl.constexpr, INDEX: tl.constexpr):
     """n, y, x of the pixels of tile ``unit``, and which of them exist."""
     j = tl.arange(0, BLOCK)
     if IMAGES == 1:
@@ -42,6 +40,14 @@ def tile_pixels(
         p = (j % (BLOCK // IMAGES)).to(INDEX)
         exists = (p < positions) & (n < images)
     return n, p // width, p % width, exists
+
+
+@triton.jit
+def first_tap(phase, padding, STRIDE: tl.constexpr, TAPS: tl.constexpr):
+    """What meets the pixels u STRIDE + phase of a transposed convolution's output: taps first, first + STRIDE, …, how
+    many, and the input's pixel under the first of them, as far ahead of u."""
+    first = (phase + padding) % STRIDE
+    return first, (TAPS - first + STRIDE - 1) // STRIDE, (phase + padding) // STRIDE
 
 
 @triton.jit

@@ -20,7 +20,6 @@ Legend: N images, C = C1 + C2 channels of x and skip, K outputs, H W input, H' W
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 import triton
@@ -28,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import FUSED, image_size, index_type, on_device_of, wide_type
-from ._conv2d_tiles import add_products, finish, images_per_tile, load_pixels, tile_pixels, units
+from ._conv2d_tiles import add_products, finish, first_tap, images_per_tile, load_pixels, tile_pixels, units
 from ._group_norm_tiles import affine
 
 STAGES = {"sm_80": 3, "sm_90": 4, "sm_100": 4}  # of loads under way, as many as shared memory has room for; else 2
@@ -227,23 +226,19 @@ def conv2d_kernel(
     ACT: tl.constexpr, WIDE: tl.constexpr, INDEX: tl.constexpr, IMAGES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One tile of y: BLOCK_M pixels of the grid (of one remainder modulo the stride, if TRANSPOSED), BLOCK_N outputs."""
+    """One tile of y: BLOCK_M pixels of the grid (if TRANSPOSED, of one remainder modulo the stride), BLOCK_N outputs."""
     program = tl.program_id(0).to(INDEX)
     group = program // columns % GROUPS
     unit = program // columns // GROUPS
     k = program % columns * BLOCK_N + tl.arange(0, BLOCK_N)  # within the group
     group_begin = group * (channels // GROUPS)
-    group_end = group_begin + channels // GROUPS
-    if TRANSPOSED:  # output pixel u SH + (phase_y) takes taps tap_y + i SH of the input rows u + (…) - i
-        phase_y = unit // SW % SH
-        phase_x = unit % SW
+    if TRANSPOSED:
+        phase_y, phase_x = unit // SW % SH, unit % SW
+        tap_y, taps_y, ahead_y = first_tap(phase_y, pt, SH, KH)
+        tap_x, taps_x, ahead_x = first_tap(phase_x, pl, SW, KW)
         unit = unit // (SH * SW)
-        tap_y = (phase_y + pt) % SH
-        tap_x = (phase_x + pl) % SW
-        taps_y = (KH - tap_y + SH - 1) // SH
-        taps_x = (KW - tap_x + SW - 1) // SW
         n, v, u, exists = tile_pixels(unit, tiles, images, positions, grid_width, IMAGES, BLOCK_M, INDEX)
-        y, x = v + (phase_y + pt) // SH, u + (phase_x + pl) // SW
+        y, x = v + ahead_y, u + ahead_x
         v, u = v * SH + phase_y, u * SW + phase_x
         exists = exists & (v < y_height) & (u < y_width)
     else:
@@ -259,7 +254,7 @@ def conv2d_kernel(
             begin, end = 0, here
             if GROUPS > 1:
                 begin = tl.minimum(tl.maximum(group_begin - first, 0), here)
-                end = tl.minimum(tl.maximum(group_end - first, 0), here)
+                end = tl.minimum(tl.maximum(group_begin + channels // GROUPS - first, 0), here)
             acc = add_products(
                 acc, x_ptr if source == 0 else skip_ptr, a_ptr, d_ptr, weight_ptr, n, y, x, exists, k,
                 outputs // GROUPS, begin, end, first, group_begin, tap_y, tap_x, taps_y, taps_x, height, width, here,

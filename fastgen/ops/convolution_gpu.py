@@ -1,8 +1,8 @@
-"""How a convolution runs on a GPU's own kernels (Triton): the sums themselves, on the weights as they are; its gradients.
+"""How a convolution runs on a GPU's own kernels (Triton): the sums themselves, on plain weights; and its gradients.
 
-What `convolution` is for the CPU, with the same functions. Nothing here waits for the GPU: the sums need no second
-thought where they are not finite, and no weight is transformed, so none is kept. Images are channels last inside, and so
-are weights; those that are not are copied.
+What `convolution` is for the CPU, with the same functions. Nothing here waits for the GPU: NaN and infinity are where
+the sums have them, and no weight is transformed, so none is kept. Images are channels last inside, and so are weights;
+those that are not are copied.
 
 Legend: N batch, C input channels (both sources), K output channels, H W input, H' W' output size.
 """
