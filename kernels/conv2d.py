@@ -226,7 +226,7 @@ def conv2d_kernel(
     ACT: tl.constexpr, WIDE: tl.constexpr, INDEX: tl.constexpr, IMAGES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One tile of y: BLOCK_M pixels of the grid (if TRANSPOSED, of one remainder modulo the stride), BLOCK_N outputs."""
+    """One tile of y: BLOCK_M pixels (if TRANSPOSED, of one remainder modulo the stride) and BLOCK_N outputs."""
     program = tl.program_id(0).to(INDEX)
     group = program // columns % GROUPS
     unit = program // columns // GROUPS
