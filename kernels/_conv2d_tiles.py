@@ -52,22 +52,22 @@ def first_tap(phase, padding, STRIDE: tl.constexpr, TAPS: tl.constexpr):
 
 @triton.jit
 def load_pixels(
-    x_ptr,  # [N, H, W, C1]
+    x_ptr,  # [H, W, C1] of image n: a scalar or [BLOCK] as n is
     a_ptr,  # [N, C] or None
     d_ptr,  # [N, C] or None
-    n, image, y, x, exists, c, first, end, height, width, x_channels, channels,
+    n, y, x, exists, c, first, end, height, width, x_channels, channels,
     UPSAMPLE: tl.constexpr, ACT: tl.constexpr, WIDE: tl.constexpr, IMAGES: tl.constexpr,
 ):  # fmt: skip
     """[BLOCK, BC]: act(a x + d) of channels c < end at the pixels (y, x) of the upsampled image; 0 outside of it.
 
-    image: n H W C1; first: where in the C channels of both sources those of this one begin.
+    first: where in the C channels of both sources those of this one begin.
     """
     inside = exists & (y >= 0) & (x >= 0)
     if UPSAMPLE > 1:
         y, x = y // UPSAMPLE, x // UPSAMPLE
     inside &= (y < height) & (x < width)
-    at = (image + (y * width + x) * x_channels)[:, None] + c[None, :]
-    v = tl.load(x_ptr + at, mask=inside[:, None] & (c < end)[None, :], other=0.0)
+    at = x_ptr + (y * width + x) * x_channels
+    v = tl.load(at[:, None] + c[None, :], mask=inside[:, None] & (c < end)[None, :], other=0.0)
     if a_ptr is not None:
         if IMAGES == 1:
             at = (n * channels + first + c)[None, :]
@@ -100,7 +100,7 @@ def add_products(
     taps of a block of channels come before the next block, so that what they read in common is still near.
     """
     taps = taps_y * taps_x
-    image = n * height * width * x_channels
+    x_ptr += n * height * width * x_channels
     weight_ptr += (first - group_begin) * w_in + tap_y * w_y + tap_x * w_x
     columns = (k * w_out)[None, :]
     exist = (k < k_end)[None, :]
@@ -110,8 +110,8 @@ def add_products(
         j = tap % taps_x
         c = begin + step // taps * BLOCK_K + tl.arange(0, BLOCK_K)
         v = load_pixels(
-            x_ptr, a_ptr, d_ptr, n, image, y + i * STEP_Y, x + j * STEP_X, exists, c, first, end, height, width,
-            x_channels, channels, UPSAMPLE, ACT, WIDE, IMAGES,
+            x_ptr, a_ptr, d_ptr, n, y + i * STEP_Y, x + j * STEP_X, exists, c, first, end, height, width, x_channels,
+            channels, UPSAMPLE, ACT, WIDE, IMAGES,
         )  # fmt: skip
         at = (c * w_in + (i * TAP_STEP_Y * w_y + j * TAP_STEP_X * w_x))[:, None] + columns
         w = tl.load(weight_ptr + at, mask=(c < end)[:, None] & exist, other=0.0)

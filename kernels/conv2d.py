@@ -48,7 +48,7 @@ def blocks(target: str, dtype: torch.dtype, rows: int, columns: int, depth: int,
     if dtype == torch.float64:
         return {"BLOCK_M": 32, "BLOCK_N": min(32, block_n), "BLOCK_K": 16, **few, "num_stages": 2}
     if dtype == torch.float32:
-        most = 32 if task == "weight_bwd" else 64
+        most = 64 if task == "conv" else 32
         return {"BLOCK_M": 64, "BLOCK_N": min(most, block_n), "BLOCK_K": 16, **few, "num_stages": 2}
     steps = {"conv": (64, 32, 16), "norm_act_conv": (32, 16), "weight_bwd": (64,)}[task]
     block_k = min(steps, key=lambda b: (triton.cdiv(depth, b) * b, -b))
@@ -292,11 +292,11 @@ def conv2d_weight_bwd_kernel(
     for unit in range(split * chunk, tl.minimum(split * chunk + chunk, count)):
         n, v, u, exists = tile_pixels(unit, tiles, images, positions, grid_width, IMAGES, BLOCK_K, INDEX)
         h = load_pixels(
-            x_ptr, a_ptr, d_ptr, n, n * height * width * x_channels, v - pt + tap // KW, u - pl + tap % KW, exists, c,
+            x_ptr + n * height * width * x_channels, a_ptr, d_ptr, n, v - pt + tap // KW, u - pl + tap % KW, exists, c,
             first, x_channels, height, width, x_channels, channels, 1, ACT, WIDE, IMAGES,
         )  # fmt: skip
         dy = load_pixels(
-            dy_ptr, None, None, n, n * positions * outputs, v, u, exists, k, 0, outputs, positions // grid_width,
+            dy_ptr + n * positions * outputs, None, None, n, v, u, exists, k, 0, outputs, positions // grid_width,
             grid_width, outputs, outputs, 1, 0, WIDE, IMAGES,
         )  # fmt: skip
         acc = tl.dot(tl.trans(dy), h.to(dy.dtype), acc, input_precision="ieee", out_dtype=WIDE)
