@@ -47,7 +47,7 @@ STEMS = {
     "modulated_conv2d": "modulated_conv2d",
 }
 
-# Ops that run on the C++ kernels of another, which has all that they need.
+# Ops that run on the kernels of another, which has all that they need.
 LAUNCHERS = dict.fromkeys(
     ("norm_act_conv2d", "conv2d_norm_act", "conv_transpose2d_norm_act", "modulated_conv2d"), "conv2d"
 )
@@ -217,7 +217,7 @@ def _why_not(op: str, backend: str, device: str, interpreted: bool) -> str | Non
             return reason
         found = _native(backend, op)
         return None if found is not None else "this op has no such kernel yet"
-    if importlib.util.find_spec(f"fastgen.kernels.{STEMS[op]}") is None:
+    if importlib.util.find_spec(f"fastgen.kernels.{STEMS[LAUNCHERS.get(op, op)]}") is None:
         return "this op has no such kernel yet"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"

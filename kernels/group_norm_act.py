@@ -15,11 +15,12 @@ Legend: N images, C = C1 + C2 channels of x and skip, G groups, S positions.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import FUSED, on_device_of
+from ._common import FUSED, channels_last, on_device_of
 from ._group_norm_tiles import (
     affine,
     block_channels,
@@ -47,27 +48,49 @@ def group_norm_act_fwd(
     x: [N, C1, *], skip: [N, C2, *] or None, in one dense layout; weight, bias: [C]; scale, shift: [N, C];
     parameters and statistics contiguous in fp32 (fp64 for fp64).
     """
-    if y.numel() == 0:
+    _forward(x, skip, (weight, bias, scale, shift), num_groups, eps, act, y, y, mean, rstd)
+
+
+def group_norm_act_statistics(
+    x: Tensor, skip: Tensor | None, num_groups: int, eps: float, mean: Tensor, rstd: Tensor
+) -> None:
+    """Fills mean and rstd [N, G] of x [N, C1, H, W] and skip [N, C2, H, W] or None, in one dense layout."""
+    both = x
+    if skip is not None:
+        layout = torch.channels_last if channels_last(x) else torch.contiguous_format
+        shape = (len(x), x.shape[1] + skip.shape[1], *x.shape[2:])
+        both = torch.empty(shape, dtype=x.dtype, device="meta", memory_format=layout)
+    _forward(x, skip, (None,) * 4, num_groups, eps, 0, both, None, mean, rstd)
+
+
+def _forward(
+    x: Tensor, skip: Tensor | None, parameters: tuple, num_groups: int, eps: float, act: int, both: Tensor,
+    y: Tensor | None, mean: Tensor, rstd: Tensor,
+) -> None:  # fmt: skip
+    """y None: the statistics alone. both: a tensor like x and skip together."""
+    if both.numel() == 0:
         mean.zero_()
         rstd.fill_(float("nan"))
         return
-    n, parameters, shape = len(y), (weight, bias, scale, shift), sizes(x, y, num_groups)
-    with on_device_of(y):
-        fused = fused_blocks("group_norm_act_fwd", y, num_groups)
+    n, shape = len(both), sizes(x, both, num_groups)
+    with on_device_of(x):
+        fused = fused_blocks("group_norm_act_fwd", both, num_groups)
         if fused:
             group_norm_act_fwd_kernel[(n * triton.cdiv(num_groups, fused["BUNDLE"]),)](
                 x, skip, *parameters, y, mean, rstd, **shape, EPS=eps, ACT=act, **fused, **FUSED
             )
             return
-        blocks, chunk, splits = split_blocks("group_norm_act_fwd", y)
-        columns = triton.cdiv(y.shape[1], blocks["BLOCK_C"])
-        partial = mean.new_empty(2, n, y.shape[1], splits)
+        blocks, chunk, splits = split_blocks("group_norm_act_fwd", both)
+        columns = triton.cdiv(both.shape[1], blocks["BLOCK_C"])
+        partial = mean.new_empty(2, n, both.shape[1], splits)
         group_norm_act_fwd_partial_kernel[(n * columns * splits,)](
             x, skip, *partial, chunk, splits, **shape, **blocks, **FUSED
         )
         group_norm_act_fwd_combine_kernel[(n * num_groups,)](
             *partial, mean, rstd, chunk, splits, **shape, EPS=eps, BLOCK=1024, **FUSED
         )
+        if y is None:
+            return
         rows = triton.cdiv(shape["positions"], blocks["BLOCK_S"])
         group_norm_act_fwd_apply_kernel[(n * columns * rows,)](
             x, skip, *parameters, y, mean, rstd, rows, **shape, ACT=act, **blocks, **FUSED
@@ -119,7 +142,7 @@ def group_norm_act_fwd_kernel(
     bias_ptr,  # [C] or None
     scale_ptr,  # [N, C] or None
     shift_ptr,  # [N, C] or None
-    y_ptr,  # [N, C, S]
+    y_ptr,  # [N, C, S], or None for the statistics alone
     mean_ptr,  # [N, G]
     rstd_ptr,  # [N, G]
     x_channels, channels, positions, groups,
@@ -139,13 +162,14 @@ def group_norm_act_fwd_kernel(
     leader = exists & (c == group * GROUP_CHANNELS)
     tl.store(mean_ptr + n * groups + group, mean, mask=leader)
     tl.store(rstd_ptr + n * groups + group, rstd, mask=leader)
-    a, d = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, c, exists, channels, WIDE)
-    for first in range(0, positions, BLOCK_S):
-        s = tl.arange(0, BLOCK_S).to(INDEX) + first
-        inside = exists[:, None] & (s < positions)[None, :]
-        x = load_tile(x_ptr, skip_ptr, n, c, s, inside, x_channels, channels, positions, CHANNELS_LAST, WIDE)
-        y = normalise_tile(x, mean, rstd, a, d, ACT)
-        store_tile(y, y_ptr, None, n, c, s, inside, channels, channels, positions, CHANNELS_LAST)
+    if y_ptr is not None:
+        a, d = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, c, exists, channels, WIDE)
+        for first in range(0, positions, BLOCK_S):
+            s = tl.arange(0, BLOCK_S).to(INDEX) + first
+            inside = exists[:, None] & (s < positions)[None, :]
+            x = load_tile(x_ptr, skip_ptr, n, c, s, inside, x_channels, channels, positions, CHANNELS_LAST, WIDE)
+            y = normalise_tile(x, mean, rstd, a, d, ACT)
+            store_tile(y, y_ptr, None, n, c, s, inside, channels, channels, positions, CHANNELS_LAST)
 
 
 @triton.jit

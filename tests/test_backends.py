@@ -67,7 +67,7 @@ def test_cpp_is_available(op):
     assert why_not(op, "cpp", "cpu") is None
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", (*OPS, "conv2d", *backends.LAUNCHERS))
 def test_triton_is_available(op):
     pytest.importorskip("triton", reason="triton is not installed")
     assert why_not(op, "triton", DEVICES[-1]) is None

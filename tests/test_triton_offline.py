@@ -121,8 +121,10 @@ def configurations(level: str) -> Iterator[tuple[str, Callable[[], None]]]:
             yield from _bias_act(dtype, last, level)
             yield from _upfirdn2d(dtype, last, level)
         yield from _attention(dtype, level)
+        yield from _conv2d(dtype, level)
     if level == "representative":
         yield from _group_norm(torch.float64, True, level)
+        yield from (call for dtype in (torch.float32, torch.float64) for call in _conv2d(dtype, "other dtypes"))
 
 
 def _meta(dtype: Any, last: bool, *shape: int) -> Any:
@@ -295,6 +297,60 @@ def _upfirdn2d(dtype: Any, last: bool, level: str) -> Iterator[tuple[str, Callab
             x, y, f = _meta(dtype, last, 2, *before), _meta(dtype, last, 2, *after), _meta(wide, False, *taps)
             what = f"{dtype}{' channels_last' * last} {name} {taps}"
             yield what, lambda a=(x, f, up, up, down, down, 2, 2, False, 4.0, y): upfirdn2d_fwd(*a)
+
+
+def _conv2d(dtype: Any, level: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    """A block of a U-Net with all there is, strides, upsampling, and gradients; with "all" odd sizes and groups too."""
+    from fastgen.kernels import conv2d
+
+    conv2d.architecture = lambda _: sys.argv[1]  # block sizes are those of the target
+    norm: dict[str, Any] = {"norm": True, "act": 3, "residual": True}
+    cases: dict[str, tuple[tuple[int, ...], int, dict[str, Any]]] = {
+        "block": ((16, 128, 0, 128, 32, 32), 3, norm | {"c2": 128}), "down": ((16, 128, 0, 128, 32, 32), 3, {"s": 2}),
+        "up": ((16, 256, 0, 256, 16, 16), 3, {"up": 2}), "small": ((4, 256, 0, 256, 4, 4), 3, norm),
+    }  # fmt: skip
+    if level == "other dtypes":
+        cases = {name: cases[name] for name in ("block", "small")}
+    elif level == "huge":
+        cases = {"huge": ((2, 8, 0, 8, 2**15, 2**14), 3, norm)}
+    elif level == "all":
+        cases |= {
+            "odd": ((3, 33, 7, 45, 9, 5), 3, norm), "groups": ((3, 33, 9, 42, 9, 5), 3, norm | {"groups": 3}),
+            "one channel": ((2, 1, 0, 1, 28, 28), 3, {"act": 6}), "from rgb": ((64, 3, 0, 128, 32, 32), 3, {}),
+            "to rgb": ((64, 128, 0, 3, 32, 32), 3, norm), "1x1": ((16, 384, 0, 256, 16, 16), 1, {"residual": True}),
+            "one pixel": ((64, 512, 0, 512, 1, 1), 1, norm), "batch 1": ((1, 512, 0, 512, 8, 8), 3, norm),
+            "4x4": ((64, 128, 0, 64, 16, 16), 4, {"s": 2, "act": 2}), "5x5": ((2, 64, 0, 64, 19, 23), 5, {"d": 2}),
+            "wide": ((64, 320, 320, 320, 64, 64), 3, norm),
+        }  # fmt: skip
+        cases |= {f"in_act={a}": ((3, 33, 7, 45, 9, 5), 3, norm | {"in_act": a, "act": a}) for a in range(8)}
+    for name, (sizes, kernel, options) in cases.items():
+        yield f"{dtype} {name}", lambda a=(dtype, sizes, kernel), o=options: _launch_conv2d(*a, **o)
+
+
+def _launch_conv2d(
+    dtype: Any, sizes: tuple[int, ...], kernel: int, s: int = 1, d: int = 1, up: int = 1, groups: int = 1,
+    norm: bool = False, in_act: int = 3, act: int = 0, residual: bool = False, c2: int = 0,
+) -> None:  # fmt: skip
+    """Forward, data gradient (whatever it is) and, for stride 1, weight gradient."""
+    import torch
+    from fastgen.kernels.conv2d import conv2d_data_bwd, conv2d_fwd, conv2d_weight_bwd
+
+    n, c1, more, k, h, w = sizes
+    c2, wide = c2 + more, torch.float64 if dtype == torch.float64 else torch.float32
+    x, skip = _meta(dtype, True, n, c1, h, w), _meta(dtype, True, n, c2, h, w) if c2 else None
+    weight, dweight = (_meta(t, last, k, (c1 + c2) // groups, kernel, kernel) for t, last in ((dtype, 1), (wide, 0)))
+    y = _meta(dtype, True, n, k, h * up // s, w * up // s)
+    c, each, statistics = (_meta(wide, False, *shape) for shape in ((c1 + c2,), (n, c1 + c2), (n, 1)))
+    given = (statistics, statistics, c, c, each, each) if norm else (None,) * 6
+    bias = _meta(wide, False, n, k) if norm else _meta(wide, False, k)
+    more, p = y if residual else None, kernel // 2 * d
+    where = (kernel, kernel, s, s, p, p, d, d, *y.shape[2:], up**2)
+    conv2d_fwd(x, skip, weight, *given, in_act, None, bias, more, act, *where, 0, y)
+    if up == 1:
+        both = _meta(dtype, True, n, c1 + c2, h, w)
+        conv2d_data_bwd(y, weight, None, None, None, 0, s, s, p, p, d, d, both)
+    if up == s == d == groups == 1:
+        conv2d_weight_bwd(y, x, skip, *given, in_act, p, p, 0, dweight)
 
 
 def main(target: str, level: str) -> None:

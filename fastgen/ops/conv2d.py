@@ -19,13 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen import backends
-from fastgen.ops import convolution
+from fastgen.ops import convolution, convolution_gpu
 from fastgen.ops.activations import ACTIVATIONS
 from fastgen.ops.batch_norm_act import batch_norm_act
 from fastgen.ops.conv2d_arguments import Pair, arguments, four, pair
 from fastgen.ops.convolution import Geometry, Prologue
 from fastgen.ops.group_norm_act import group_norm_act_reference, input_gradients
 from fastgen.ops.registration import FusedOp, dense, layout, vjp, wide
+
+ENGINES = {"cpp": convolution, "triton": convolution_gpu}
 
 
 def conv2d(
@@ -152,7 +154,7 @@ def _statistics(x: Tensor, skip: Any, num_groups: int, eps: float, backend: str)
     if num_groups == 0 or backend == "reference" or x.numel() == 0:
         return x.new_empty(0, dtype=wide(x.dtype)), x.new_empty(0, dtype=wide(x.dtype))
     x = dense(x)
-    return convolution.statistics(x, dense(skip, like=x), num_groups, eps)
+    return ENGINES[backend].statistics(x, dense(skip, like=x), num_groups, eps)
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -167,7 +169,8 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     else:
         skip, residual = (None if t is None else t.to(x.dtype) for t in (skip, residual))
         prologue = Prologue(mean, rstd, norm_weight, norm_bias, scale, shift, in_act) if num_groups else None
-        y = convolution.forward(x, weight, bias, geometry, skip, residual, act, prologue, num_groups, eps, kept)
+        engine = ENGINES[backend]
+        y = engine.forward(x, weight, bias, geometry, skip, residual, act, prologue, num_groups, eps, kept)
     return y.contiguous(memory_format=layout(x)), mean, rstd
 
 
@@ -237,9 +240,10 @@ def _backward_op(dy: Tensor, *args: Any) -> list[Tensor]:
             dy = dense(dy, like=x)  # first of all: PyTorch rounds otherwise where strides are mixed
             if act != "none":
                 more = None if residual is None else residual.to(x.dtype)
-                z = convolution.forward(x, weight, bias, geometry, second, more, "none", prologue, num_groups, eps)
+                z = ENGINES[backend].forward(x, weight, bias, geometry, second, more, "none", prologue, num_groups, eps)
                 dy = _act_gradient(dy, z, act, backend)
-            dh, dweight = convolution.gradients(dy, x, weight, geometry, second, prologue, num_groups, eps, needs)
+            rest = (geometry, second, prologue, num_groups, eps, needs)
+            dh, dweight = ENGINES[backend].gradients(dy, x, weight, *rest)
             dbias = None
             if bias is not None and needs[2]:
                 dbias = dy.sum((2, 3) if bias.ndim == 2 else (0, 2, 3), dtype=wide(dy.dtype))

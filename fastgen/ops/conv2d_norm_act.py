@@ -21,7 +21,7 @@ from fastgen import backends
 from fastgen.ops import convolution
 from fastgen.ops.activations import ACTIVATIONS, check_act
 from fastgen.ops.batch_norm_act import batch_norm_act, batch_norm_act_reference
-from fastgen.ops.conv2d import conv2d, conv2d_reference
+from fastgen.ops.conv2d import ENGINES, conv2d, conv2d_reference
 from fastgen.ops.conv2d_arguments import Pair, four, pair
 from fastgen.ops.convolution import Geometry
 from fastgen.ops.registration import FusedOp, layout, wide
@@ -169,8 +169,8 @@ def _conv(x: Tensor, weight: Tensor, gain: Tensor, offset: Tensor, stride: Any, 
         )
     else:
         more = None if residual is None else residual.to(x.dtype)
-        y = convolution.run(x, weight, geometry, convolution.FORWARD, size, gain=gain, bias=offset, residual=more,
-                            act=act, kept=True)  # fmt: skip
+        given = {"gain": gain, "bias": offset, "residual": more, "act": act, "kept": True}
+        y = ENGINES[backend].run(x, weight, geometry, convolution.FORWARD, size, **given)
     return y.to(x.dtype).contiguous(memory_format=layout(x))
 
 
@@ -178,15 +178,17 @@ def _conv_transpose(x: Tensor, weight: Tensor, gain: Tensor, offset: Tensor, str
                     output_padding: Any, residual: Any, act: str, backend: Any) -> Tensor:  # fmt: skip
     backend = backends.resolve("conv_transpose2d_norm_act", x.device, backend)
     geometry = Geometry(tuple(stride), four(padding), transposed=True, output_padding=tuple(output_padding))
-    subpixels = geometry.subpixels(weight)
-    size = geometry.output(*x.shape[2:], *weight.shape[2:])
-    if backend != "reference" and x.numel() and subpixels and (residual is None or 4 * weight.shape[1] > NARROW):
-        more = None if residual is None else residual.to(x.dtype)
-        y = convolution.subpixel(x, weight, geometry, size, gain, offset, more, act, NARROW)
-    elif backend != "reference" and x.numel() and x.shape[2:] == (1, 1) and not any([*padding, *output_padding]):
+    size, kernels = geometry.output(*x.shape[2:], *weight.shape[2:]), backend != "reference" and x.numel() > 0
+    more = None if residual is None else residual.to(x.dtype)
+    if kernels and x.shape[2:] == (1, 1) and not any([*padding, *output_padding]):
         # One pixel in: every output is a product with one row of the weights.
         h = (x.reshape(len(x), -1) @ weight.to(x.dtype).reshape(len(weight), -1)).view(-1, *weight.shape[1:])
         y = _finish(h, gain, offset, residual, act)
+    elif kernels and backend == "triton":
+        given = {"gain": gain, "bias": offset, "residual": more, "act": act}
+        y = ENGINES[backend].run(x, weight, geometry, convolution.GRADIENT, size, **given)
+    elif kernels and geometry.subpixels(weight) and (residual is None or 4 * weight.shape[1] > NARROW):
+        y = convolution.subpixel(x, weight, geometry, size, gain, offset, more, act, NARROW)
     else:
         h = _transposed(x.to(gain.dtype) if backend == "reference" else x, weight, None, geometry)
         y = _finish(h, gain, offset, residual, act)

@@ -6,12 +6,14 @@ Legend: N batch, C input channels (both sources), K output channels, H W input, 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastgen import backends
 from fastgen.ops.activations import ACTIVATIONS
 from fastgen.ops.group_norm_act import group_norm_act
 from fastgen.ops.registration import vjp, wide
@@ -202,11 +204,13 @@ def _parameter(p: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return p if p is None or (p.dtype == dtype and p.is_contiguous()) else p.detach().to(dtype).contiguous()
 
 
-def statistics(x: Tensor, skip: Tensor | None, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
+def statistics(
+    x: Tensor, skip: Tensor | None, num_groups: int, eps: float, backend: str = "cpp"
+) -> tuple[Tensor, Tensor]:
     """mean and 1/sqrt(var + eps) of each group of [x, skip], [N, G]; x and skip are dense in one layout."""
     mean = x.new_empty((x.shape[0], num_groups), dtype=wide(x.dtype))
     rstd = torch.empty_like(mean)
-    torch.ops.fastgen_cpp.group_norm_act_statistics(x, skip, num_groups, eps, mean, rstd)
+    backends.kernel("group_norm_act", "group_norm_act_statistics", backend)(x, skip, num_groups, eps, mean, rstd)
     return mean, rstd
 
 
@@ -280,12 +284,15 @@ def weight_gradient(
 
 def gradients(
     dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, skip: Tensor | None, prologue: Prologue | None,
-    num_groups: int, eps: float, needs: list[bool],
+    num_groups: int, eps: float, needs: list[bool], own: tuple[Callable, Callable] = (data_gradient, weight_gradient),
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """(gradient of the normalised [x, skip], of weight) as far as `needs`, in the order of conv2d's tensors, asks."""
+    """(gradient of the normalised [x, skip], of weight) as far as `needs`, in the order of conv2d's tensors, asks.
+
+    own: the data gradient and the weight gradient by kernels of ours, None where they have none.
+    """
     need_h, need_weight = needs[0] or needs[3] or any(needs[5:]), needs[1]
-    dh = data_gradient(dy, weight, geometry, tuple(x.shape[2:])) if need_h else None
-    dweight = weight_gradient(dy, x, skip, weight, geometry, prologue) if need_weight else None
+    dh = own[0](dy, weight, geometry, tuple(x.shape[2:])) if need_h else None
+    dweight = own[1](dy, x, skip, weight, geometry, prologue) if need_weight else None
     need_h, need_weight = need_h and dh is None, need_weight and dweight is None
     if need_h or need_weight:
         h = _normalised(x, skip, prologue, num_groups, eps)

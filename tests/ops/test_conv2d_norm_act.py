@@ -46,8 +46,9 @@ def both(case: OpCase, place: Place, dtype: torch.dtype, channels_last: bool, re
 def test_parity(case, place, recorded):
     # Recorded in half precision the sums are rounded before the norm, and relu's kink makes a gradient of a rounding.
     half = [] if recorded else [(torch.bfloat16, 2e-3)]
-    for dtype, floor in ((torch.float32, 1e-5), *half, (torch.float64, 1e-12)):
-        for channels_last in (False, True):
+    dtypes = ((torch.float32, 1e-5), *half, (torch.float64, 1e-12))
+    for dtype, floor in dtypes[:1] if place.interpreted else dtypes:
+        for channels_last in (recorded,) if place.interpreted else (False, True):
             for name, ours, reference, eager in both(case, place, dtype, channels_last, recorded):
                 if name == "bias" and case.inputs().get("training"):
                     # The batch's mean takes the bias away again: its gradient is 0, and all there is, is rounding.
