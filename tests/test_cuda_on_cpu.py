@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from compiling import CSRC, compile_cached, build_script
+from compiling import CSRC, build_script, compile_cached
 from suite import DTYPES, VIEWS, OpSuite, Place, assert_same, errors, flat, misaligned
 from torch import Tensor
 

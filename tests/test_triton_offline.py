@@ -137,6 +137,7 @@ def _meta(dtype: Any, last: bool, *shape: int) -> Any:
 def _elementwise(dtype: Any, last: bool, level: str) -> Iterator[tuple[str, Callable[[], None]]]:
     """With generated noise, and with "all" also with noise that is given."""
     import torch
+
     from fastgen.kernels.diffusion_step import diffusion_step_fwd
     from fastgen.kernels.philox import philox_bits_fwd, philox_normal_fwd
     from fastgen.kernels.q_sample import q_sample_fwd
@@ -190,6 +191,7 @@ def _launch_group_norm(
     dtype: Any, last: bool, c1: int, c2: int, positions: tuple[int, int], groups: int, act: int, full: bool
 ) -> None:
     import torch
+
     from fastgen.kernels.group_norm_act import group_norm_act_bwd, group_norm_act_fwd
 
     n, c, wide = 2, c1 + c2, torch.float64 if dtype == torch.float64 else torch.float32
@@ -222,6 +224,7 @@ def _launch_batch_norm(
     dtype: Any, last: bool, shape: tuple[int, int, int], training: bool, full: bool, act: int
 ) -> None:
     import torch
+
     from fastgen.kernels.batch_norm_act import batch_norm_act_bwd, batch_norm_act_fwd
 
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -246,6 +249,7 @@ def _attention(dtype: Any, level: str) -> Iterator[tuple[str, Callable[[], None]
 
 def _launch_attention(dtype: Any, h: int, length: int, d: int, keys: int, causal: bool) -> None:
     import torch
+
     from fastgen.kernels.attention import attention_bwd, attention_fwd
 
     q, k = (_meta(dtype, False, 2, tokens, h, d).transpose(1, 2) for tokens in (length, keys))
@@ -271,6 +275,7 @@ def _bias_act(dtype: Any, last: bool, level: str) -> Iterator[tuple[str, Callabl
 
 def _launch_bias_act(dtype: Any, last: bool, shape: tuple[int, int, int], act: int, full: bool) -> None:
     import torch
+
     from fastgen.kernels.bias_act import bias_act_bwd, bias_act_bwd_bwd, bias_act_fwd
 
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -285,6 +290,7 @@ def _launch_bias_act(dtype: Any, last: bool, shape: tuple[int, int, int], act: i
 def _upfirdn2d(dtype: Any, last: bool, level: str) -> Iterator[tuple[str, Callable[[], None]]]:
     """StyleGAN's filters, up and down, of one pass and of two; huge: an image of 2^31 pixels."""
     import torch
+
     from fastgen.kernels.upfirdn2d import upfirdn2d_fwd
 
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -333,6 +339,7 @@ def _launch_conv2d(
 ) -> None:  # fmt: skip
     """Forward, data gradient (whatever it is) and, for stride 1, weight gradient."""
     import torch
+
     from fastgen.kernels.conv2d import conv2d_data_bwd, conv2d_fwd, conv2d_weight_bwd
 
     n, c1, more, k, h, w = sizes
@@ -355,8 +362,9 @@ def _launch_conv2d(
 
 def main(target: str, level: str) -> None:
     """Prints the names of all kernels and what compiling each distinct launch gave."""
-    import fastgen.kernels._common
     import triton
+
+    import fastgen.kernels._common
 
     fastgen.kernels._common.architecture = lambda x: target  # what a tensor's own device would say
     launched: list[tuple[Any, tuple, dict]] = []
@@ -397,8 +405,9 @@ def _choices(call: Callable[[], None]) -> Iterator[None]:
 
 def _kernels() -> list[str]:
     """The names of all functions `*_kernel` under Triton's jit in fastgen.kernels."""
-    import fastgen.kernels
     import triton
+
+    import fastgen.kernels
 
     found = set()
     for file in pkgutil.iter_modules(fastgen.kernels.__path__):
