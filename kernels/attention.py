@@ -49,7 +49,7 @@ def blocks(kernel: str, architecture: str, dtype: torch.dtype, d: int, length: i
         found = [(64, 32, 4, 1)] if kernel == "fwd" else [(32, 64, 4, 1)]
     elif dtype not in (torch.float16, torch.bfloat16):
         size = 16 if width > 64 or dtype == torch.float64 else 32
-        found = [(size, size, 4, 1)]
+        found = [(size, size, 8, 1)]
     elif architecture.startswith("gfx"):  # more registers with fewer warps
         m, n = (128, 64) if kernel == "fwd" else (64, 64)
         found = [(min(m, m * 64 // width), min(n, n * 128 // width), 4, 1)]
@@ -57,10 +57,11 @@ def blocks(kernel: str, architecture: str, dtype: torch.dtype, d: int, length: i
         found = {"fwd": [(64, 32, 8, 1)], "dq": [(32, 32, 8, 1)], "dkv": [(32, 32, 8, 1)]}[kernel]
     elif width > 64:
         found = {"fwd": [(128, 64, 8, 2)], "dq": [(64, 64, 8, 2)], "dkv": [(64, 64, 8, 2)]}[kernel]
-    elif architecture < "sm_9":
-        found = {"fwd": [(128, 128, 8, 3)], "dq": [(128, 64, 8, 3)], "dkv": [(32, 128, 8, 2), (64, 64, 8, 2)]}[kernel]
-    else:
+    elif architecture.startswith("sm_90"):
         found = {"fwd": [(128, 128, 8, 3)], "dq": [(128, 64, 8, 3)], "dkv": [(64, 128, 8, 2)]}[kernel]
+    else:
+        stages = 2 if architecture.startswith("sm_10") else 3
+        found = {"fwd": [(128, 128, 8, 3)], "dq": [(128, 64, 8, stages)], "dkv": [(32, 128, 8, 2)]}[kernel]
     fitting, most = [], [max(16, triton.next_power_of_2(x)) for x in (length, keys)]
     for m, n, warps, stages in found:
         if m > most[0] or n > most[1]:
