@@ -143,7 +143,7 @@ def resolve(
         return _pick(op, device.type, _parse(environment, "FASTGEN_BACKEND"), "FASTGEN_BACKEND")
     if like and device.type == "cuda":
         measured = tuned.here(device).backends
-        if measured:
+        if measured and not any(isinstance(size, torch.SymInt) for size in like[0].shape):  # which has no value yet
             found = measured.get(tuned.key(op, like))
             if found is not None and why_not(op, found, device.type) is None:
                 return found
