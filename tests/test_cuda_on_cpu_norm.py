@@ -32,7 +32,7 @@ OTHERS = (
     _upfirdn2d(1, 8, 10, 33, taps=(12,), up=(2, 2), padding=(6, 5, 6, 5)),
     _upfirdn2d(3, 40, 4, 4, taps=(4, 4), padding=(2, 1, 2, 1), flip=True),
     _upfirdn2d(1, 2, 9, 70, taps=(3,), padding=(1, 1, 1, 1)),
-    _upfirdn2d(1, 1, 40, 40, taps=(90, 90), padding=(50, 50, 50, 50)),
+    _upfirdn2d(1, 1, 20, 20, taps=(60, 60), padding=(30, 30, 30, 30)),
 )  # fmt: skip
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
