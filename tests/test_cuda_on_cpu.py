@@ -23,6 +23,7 @@ from fastgen import backends, ops, testing
 
 STAND_IN = Path(__file__).parent / "cuda_on_cpu"
 HERE = Place("cuda", "cpu")
+pytestmark = pytest.mark.timeout(1800)  # the compiler's, on a busy machine
 
 
 STEMS = sorted(f.stem for f in (CSRC / "cuda").glob("*.cu"))
