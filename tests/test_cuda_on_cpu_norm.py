@@ -14,6 +14,7 @@ from fastgen import ops
 from fastgen.testing import OpCase, _bias_act, _group_norm_act, _upfirdn2d
 
 HERE = Place("cuda", "cpu")
+pytestmark = pytest.mark.timeout(1800)  # the compiler's, on a busy machine
 # What the GPU has: clusters of 8 blocks (9.0 on); none (8.0); too little shared memory for any group.
 WAYS = {"clusters": ("232448", "8"), "alone": ("166912", "1"), "split": ("1", "1")}
 # A second source behind which a group straddles; parts of unequal size; channels that no group fills evenly with 16
