@@ -12,6 +12,7 @@ from compiling import CSRC, build_script, compile_cached
 
 SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
 ARCHS = ("80", "90", "100")
+pytestmark = pytest.mark.timeout(1800)  # the compiler's, on a busy machine
 
 
 @pytest.fixture(scope="module")

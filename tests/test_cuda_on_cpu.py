@@ -6,6 +6,7 @@ opposite order, and must give the same bits.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import subprocess
@@ -23,6 +24,7 @@ from fastgen import backends, ops, testing
 
 STAND_IN = Path(__file__).parent / "cuda_on_cpu"
 HERE = Place("cuda", "cpu")
+pytestmark = pytest.mark.timeout(1800)  # the compiler's, on a busy machine
 
 
 STEMS = sorted(f.stem for f in (CSRC / "cuda").glob("*.cu"))
@@ -35,9 +37,8 @@ SUITES = [
 ]
 
 
-@pytest.fixture(scope="session")
-def kernels(request: pytest.FixtureRequest) -> Any:
-    """torch.ops.fastgen_cuda_on_cpu: the launchers of csrc/cuda/*.cu for CPU tensors."""
+@functools.cache  # a library is loaded once, though test_cuda_on_cpu_norm.py has the fixture too
+def load(folder: Path) -> Any:
     build = build_script()
     compiler, version = build.find_compiler()
     if compiler is None or "clang" in version:
@@ -47,7 +48,6 @@ def kernels(request: pytest.FixtureRequest) -> Any:
     command = [*compiler, "-x", "c++", *flags, f"-I{STAND_IN}", f"-I{CSRC}", "-isystem", torch_folder / "include"]
     sources = [*(CSRC / "cuda").glob("*.cu"), *STAND_IN.glob("*.cu"), STAND_IN / "runtime.cpp"]
     headers = [*CSRC.rglob("*.h"), *CSRC.rglob("*.cuh"), *STAND_IN.rglob("*.h"), *STAND_IN.rglob("*.cuh")]
-    folder = Path(request.config.cache.mkdir("cuda_on_cpu"))
     objects = compile_cached(command, sources, headers, folder, f"{version} {torch_version}")
     library = folder / f"libcuda_on_cpu-{os.getpid()}.so"
     link = [*compiler, "-shared", *(o for o, _ in objects.values()), "-L", torch_folder / "lib"]
@@ -60,6 +60,12 @@ def kernels(request: pytest.FixtureRequest) -> Any:
     torch.ops.load_library(library)
     library.unlink()
     return torch.ops.fastgen_cuda_on_cpu
+
+
+@pytest.fixture(scope="session")
+def kernels(request: pytest.FixtureRequest) -> Any:
+    """torch.ops.fastgen_cuda_on_cpu: the launchers of csrc/cuda/*.cu for CPU tensors."""
+    return load(Path(request.config.cache.mkdir("cuda_on_cpu")))
 
 
 def both_orders(kernels: Any, launcher: Any) -> Callable[..., None]:

@@ -16,7 +16,7 @@ namespace {
 
 constexpr size_t kStack = 256 * 1024;
 
-enum class State { fresh, running, at_block, at_warp, at_cluster, done };
+enum class State { fresh, running, at_block, at_warp, at_cluster, stopped, done };
 
 struct Thread {
   dim3 index, block;
@@ -73,7 +73,7 @@ void wait(State state) {
 }
 
 void begin_threads() {
-  while (next < static_cast<int>(threads.size())) {
+  while (next < static_cast<int>(threads.size()) && problem.empty()) {
     if (idle.empty()) {
       const int fiber = static_cast<int>(fibers.size());
       fibers.push_back(std::make_unique<Fiber>());
@@ -91,6 +91,7 @@ void begin_threads() {
 
 void resume(const std::vector<int>& released) {
   for (const int thread : released) {
+    if (!problem.empty()) return;
     enter(thread);
     swapcontext(&scheduler, &fibers[threads[thread].fiber]->context);
   }
@@ -139,8 +140,8 @@ void run_block() {
   begin_threads();
   while (std::any_of(threads.begin(), threads.end(), [](auto& t) { return t.state != State::done; })) {
     const auto free = released();
-    if (free.empty()) {
-      problem = "some threads of a block wait where others never come";
+    if (free.empty() && problem.empty()) problem = "some threads of a block wait where others never come";
+    if (!problem.empty()) {
       fibers.clear(), idle.clear();
       return;
     }
@@ -212,9 +213,11 @@ uint64_t exchange(unsigned mask, uint64_t bits, int from) {
 
 }  // namespace cuda_on_cpu
 
-// What -fsanitize=alignment calls.
+// What -fsanitize=alignment calls. It does not return: the access would be a fault.
 extern "C" __attribute__((visibility("default"))) void __ubsan_handle_type_mismatch_v1(void*, uintptr_t pointer) {
-  cuda_on_cpu::problem = "misaligned access to address " + std::to_string(pointer);
+  using namespace cuda_on_cpu;
+  problem = "misaligned access to address " + std::to_string(pointer);
+  wait(State::stopped);
 }
 
 namespace {
