@@ -45,8 +45,10 @@ def modulated_conv2d(
     """
     _check(x, w, s, padding, input_gain)
     norm, pre, post = _scales(x, w, s, demodulate, input_gain)
-    tensors = (x, w, s, input_gain)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, s, input_gain))
+    # Without a better algorithm for the sums PyTorch's convolution is the faster one, products and all.
+    left = backends.left_to_pytorch("modulated_conv2d", x, backend)
+    if recorded or (left and convolution.plain(x, w, None, Geometry(padding=four(padding)))):
         w = w.to(pre.dtype) if norm is None else w.to(pre.dtype) * norm[:, None, None, None]
         y = _convolve(x * pre.to(x.dtype)[:, :, None, None], w.to(x.dtype), padding, backend)
         return y if post is None else y * post.to(x.dtype)[:, :, None, None]
