@@ -108,6 +108,8 @@ def test_second_derivatives():
     for op in OPS:
         for case in (testing.cases(op)[0], next(c for c in testing.cases(op) if c.inputs().get("training"))):
             for place in PLACES:
+                if place.interpreted and case is not CASES[0]:
+                    continue
                 inputs = case.inputs(torch.float64, place.device)
                 fn, wanted = getattr(ops, op), ["x", "weight", "norm_weight"]
 
