@@ -170,6 +170,25 @@ def left_to_pytorch(op: str, x: torch.Tensor, backend: str | None) -> bool:
     return resolve(op, x.device, backend, False) == "reference" != resolve(op, x.device, backend)
 
 
+def _named() -> bool:
+    return _choice.get() is not None or bool(os.environ.get("FASTGEN_BACKEND"))
+
+
+# What `torch.compiler.assume_constant_result` sets, without importing the compiler: Dynamo asks once, while it traces.
+_named._dynamo_marked_constant = True
+
+
+def left_to_vendor(op: str, x: torch.Tensor, backend: str | None, like: tuple[Any, ...] = ()) -> bool:
+    """Whether ``op`` is to be written in PyTorch's operators (`fastgen.ops.vendor`): on a GPU, where nobody names a
+    backend and no kernel of ours is known to be faster for tensors ``like`` these. Under torch.compile it is AUTO
+    that knows, for shapes have no values there."""
+    if backend is not None or not x.is_cuda or _recorders or _named():
+        return False
+    if torch.compiler.is_compiling():
+        return _order(op, "cuda")[0] == "reference"
+    return resolve(op, x.device, like=like) == "reference"
+
+
 def _pick(op: str, device: str, backends: tuple[str, ...], source: str) -> str:
     reasons = []
     for name in backends:

@@ -20,7 +20,16 @@ PACKAGE, KERNELS, CSRC = ROOT / "fastgen", ROOT / "kernels", ROOT / "csrc"
 SOURCES = sorted(p for p in PACKAGE.rglob("*.py") if "kernels" not in p.relative_to(PACKAGE).parts)
 KERNEL_FILES = sorted(KERNELS.glob("*.py"))
 # An op's file is one that defines <stem>_reference, or has kernels.
-HELPERS = {"__init__", "activations", "conv2d_arguments", "convolution", "convolution_gpu", "registration", "weights"}
+HELPERS = {
+    "__init__",
+    "activations",
+    "conv2d_arguments",
+    "convolution",
+    "convolution_gpu",
+    "registration",
+    "vendor",
+    "weights",
+}
 OP_FILES = sorted(p for p in (PACKAGE / "ops").glob("*.py") if p.stem not in HELPERS)
 STEMS = sorted(set(backends.STEMS.values()))
 

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen import backends
+from fastgen.ops import vendor
 from fastgen.ops.activations import ACTIVATIONS, check_act
 from fastgen.ops.registration import FusedOp, dense, empty_like, layout, vjp, wide
 
@@ -55,6 +56,11 @@ def batch_norm_act(
     """
     check_act(act)
     _check(x, running_mean, running_var, weight, bias, training, momentum, residual)
+    fits = vendor.batch_norm_takes(x, running_mean)
+    if fits and backends.left_to_vendor("batch_norm_act", x, backend, like=(x,)):
+        return vendor.batch_norm(
+            x, running_mean, running_var, weight, bias, training, momentum, eps, act, residual
+        ).contiguous(memory_format=layout(x))
     y, mean, var = _FORWARD(x, running_mean, running_var, weight, bias, training, eps, act, residual, backend)
     if training and running_mean is not None:
         _update(running_mean, running_var, mean, var, _count(x), momentum)

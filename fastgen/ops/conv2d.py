@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen import backends
-from fastgen.ops import convolution, convolution_gpu
+from fastgen.ops import convolution, convolution_gpu, vendor
 from fastgen.ops.activations import ACTIVATIONS
 from fastgen.ops.batch_norm_act import batch_norm_act
 from fastgen.ops.conv2d_arguments import Pair, arguments, four, pair
@@ -58,6 +58,8 @@ def conv2d(
         x, weight, bias, stride, padding, dilation, groups, upsample=upsample, skip=skip, residual=residual, act=act,
         backend=backend,
     )  # fmt: skip
+    if backends.left_to_vendor("conv2d", x, backend, _like(*given)):
+        return vendor.convolution(*given[:18])
     geometry = Geometry(pair(stride), four(padding), pair(dilation), groups, upsample)
     fused = skip is not None or residual is not None or given[10] != "none"
     # Nothing to fuse and no better algorithm: PyTorch's is at the FLOP limit.
@@ -101,6 +103,8 @@ def norm_act_conv2d(
         num_groups=num_groups, norm_weight=norm_weight, norm_bias=norm_bias, eps=eps, in_act=in_act, scale=scale,
         shift=shift, backend=backend,
     )  # fmt: skip
+    if backends.left_to_vendor("norm_act_conv2d", x, backend, _like(*given)):
+        return vendor.convolution(*given[:18])
     return _NORM_ACT_CONV2D(*given)[0]
 
 
@@ -149,6 +153,12 @@ def _as_reference(x, weight, bias, stride, padding, dilation, groups, upsample, 
     return norm_act_conv2d_reference(x, weight, bias, stride, padding, dilation, groups, **norm, **given)
 
 
+def _like(*args: Any) -> tuple[Any, ...]:
+    """What `backends.resolve` is told: x, and all of the schema's arguments that decide which kernel is the fastest."""
+    x, weight, _, stride, _, _, groups, upsample, *_ = args
+    return (x, tuple(weight.shape), tuple(stride), groups, upsample, args[11])
+
+
 def _statistics(x: Tensor, skip: Any, num_groups: int, eps: float, backend: str) -> tuple[Tensor, Tensor]:
     """mean, rstd [N, G] where there is a norm and a kernel that will want them again, else [0]."""
     if num_groups == 0 or backend == "reference" or x.numel() == 0:
@@ -161,7 +171,7 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """-> y [N, K, H', W'], mean [N, G], rstd [N, G]."""
     x, weight, bias, stride, padding, dilation, groups, upsample, skip, residual, act, num_groups = args[:12]
     norm_weight, norm_bias, eps, in_act, scale, shift, kept, backend = args[12:]
-    backend = backends.resolve("conv2d", x.device, backend)
+    backend = backends.resolve("conv2d", x.device, backend, like=_like(*args))
     mean, rstd = _statistics(x, skip, num_groups, eps, backend)
     geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups, upsample)
     if backend == "reference" or x.numel() == 0:
@@ -180,7 +190,7 @@ def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups, upsample)
     size = (x.shape[0], weight.shape[0], *geometry.output(*x.shape[2:], *weight.shape[2:]))
     y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout(x))
-    kept = num_groups and backends.resolve("conv2d", x.device, backend) != "reference" and x.numel()
+    kept = num_groups and backends.resolve("conv2d", x.device, backend, like=_like(*args)) != "reference" and x.numel()
     mean = x.new_empty((x.shape[0], num_groups) if kept else 0, dtype=wide(x.dtype))
     return y, mean, torch.empty_like(mean)
 
@@ -193,7 +203,7 @@ def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.mark_non_differentiable(mean, rstd)
     ctx.save_for_backward(*(inputs[i] for i in _TENSORS), mean, rstd)
     ctx.rest = [None if i in _TENSORS else v for i, v in enumerate(inputs)]
-    ctx.rest[-1] = backends.resolve("conv2d", inputs[0].device, inputs[-1])
+    ctx.rest[-1] = backends.resolve("conv2d", inputs[0].device, inputs[-1], like=_like(*inputs))
 
 
 def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple:
@@ -228,7 +238,7 @@ def _backward_op(dy: Tensor, *args: Any) -> list[Tensor]:
     given = dy
     x, weight, bias, stride, padding, dilation, groups, upsample, skip, residual, act, num_groups = args[:12]
     norm_weight, norm_bias, eps, in_act, scale, shift = args[12:]
-    backend = backends.resolve("conv2d", x.device, backend)
+    backend = backends.resolve("conv2d", x.device, backend, like=_like(*args))
     if backend == "reference" or x.numel() == 0:
         with torch.no_grad():
             found = _backward_reference(dy, *args)

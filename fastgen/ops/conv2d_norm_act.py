@@ -47,7 +47,8 @@ def conv2d_norm_act(
     geometry = Geometry(pair(stride), four(padding))
     norm = (running_mean, running_var, norm_weight, norm_bias)
     _check(x, weight, bias, geometry, norm, training, act, residual)
-    if training or _recorded(x, weight, bias, *norm, residual):
+    apart = training or backends.left_to_vendor("conv2d_norm_act", x, backend)
+    if apart or _recorded(x, weight, bias, *norm, residual):
         h = conv2d(x, weight, bias, stride, padding, backend=backend)
         return batch_norm_act(h, *norm, training, momentum, eps, act, residual, backend)
     folded = _fold(x, bias, norm, eps)
@@ -69,7 +70,8 @@ def conv_transpose2d_norm_act(
     geometry = Geometry(pair(stride), four(padding), transposed=True, output_padding=pair(output_padding))
     norm = (running_mean, running_var, norm_weight, norm_bias)
     _check(x, weight, bias, geometry, norm, training, act, residual)
-    if training or _recorded(x, weight, bias, *norm, residual):
+    apart = training or backends.left_to_vendor("conv_transpose2d_norm_act", x, backend)
+    if apart or _recorded(x, weight, bias, *norm, residual):
         h = _transposed(x, weight, bias, geometry)
         return batch_norm_act(h, *norm, training, momentum, eps, act, residual, backend)
     folded, where = _fold(x, bias, norm, eps), (stride, padding, output_padding)
