@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from typing import Any
 
@@ -26,9 +27,12 @@ def on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
 
 def architecture(x: Tensor) -> str:
     """The GPU that x is on, as "sm_90" or "gfx942"; "" elsewhere, the interpreter included."""
-    if not x.is_cuda:
-        return ""
-    properties = torch.cuda.get_device_properties(x.device)
+    return _architecture(x.device) if x.is_cuda else ""
+
+
+@functools.cache
+def _architecture(device: torch.device) -> str:
+    properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
         return properties.gcnArchName.split(":")[0]
     return f"sm_{properties.major}{properties.minor}"

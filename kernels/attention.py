@@ -58,10 +58,18 @@ def blocks(kernel: str, architecture: str, dtype: torch.dtype, d: int, length: i
     elif width > 64:
         found = {"fwd": [(128, 64, 8, 2)], "dq": [(64, 64, 8, 2)], "dkv": [(64, 64, 8, 2)]}[kernel]
     elif architecture.startswith("sm_90"):
-        found = {"fwd": [(128, 128, 8, 3)], "dq": [(128, 64, 8, 3)], "dkv": [(64, 128, 8, 2)]}[kernel]
+        found = {
+            "fwd": [(128, 128, 8, 3), (128, 64, 8, 3), (64, 64, 4, 3)],
+            "dq": [(128, 64, 8, 3), (64, 64, 8, 2)],
+            "dkv": [(64, 128, 8, 2), (64, 64, 8, 2)],
+        }[kernel]
     else:
         stages = 2 if architecture.startswith("sm_10") else 3
-        found = {"fwd": [(128, 128, 8, 3)], "dq": [(128, 64, 8, stages)], "dkv": [(32, 128, 8, 2)]}[kernel]
+        found = {
+            "fwd": [(128, 128, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2)],
+            "dq": [(128, 64, 8, stages), (64, 64, 8, 2)],
+            "dkv": [(32, 128, 8, 2), (32, 64, 4, 2)],
+        }[kernel]
     fitting, most = [], [max(16, triton.next_power_of_2(x)) for x in (length, keys)]
     for m, n, warps, stages in found:
         if m > most[0] or n > most[1]:

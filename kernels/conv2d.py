@@ -19,16 +19,16 @@ Legend: N images, C = C1 + C2 channels of x and skip, K outputs, H W input, H' W
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import _common
 from ._common import FUSED, image_size, index_type, on_device_of, wide_type
 from ._conv2d_tiles import add_products, finish, first_tap, images_per_tile, load_pixels, tile_pixels, units
 from ._group_norm_tiles import affine
+from ._tuning import configuration
 
 STAGES = {"sm_80": 3, "sm_90": 4, "sm_100": 4}  # of loads under way, as many as shared memory has room for; else 2
 ENOUGH = 128  # programs that keep a GPU busy
@@ -37,13 +37,13 @@ ENOUGH = 128  # programs that keep a GPU busy
 def blocks(target: str, dtype: torch.dtype, rows: int, columns: int, depth: int, task: str) -> dict[str, int]:
     """BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages for a product of [rows, depth] and [depth, columns].
 
-    target: `architecture`'s. task: "conv" (also the data gradient) and "norm_act_conv", where depth counts the channels
-    of one tap, or "weight_bwd", where it counts pixels. Which bits an image gets must not depend on ``rows``, so
-    BLOCK_K does not.
+    target: as `_common.architecture` says. task: "conv" (also the data gradient) and "norm_act_conv", where depth
+    counts the channels of one tap, or "weight_bwd", where it counts pixels. Which bits an image gets must not depend
+    on ``rows``, so BLOCK_K does not.
     """
     few = {"num_warps": 4, "num_stages": STAGES.get(target, 2)}
     block_n = min(128, max(16, triton.next_power_of_2(columns)))
-    if target == "cpu":  # Triton's interpreter, whose time is the number of operations, of whatever size
+    if not target:  # Triton's interpreter, whose time is the number of operations, of whatever size
         return {"BLOCK_M": 128, "BLOCK_N": min(64, block_n), "BLOCK_K": 128 if task == "weight_bwd" else 32, **few}
     if dtype == torch.float64:
         return {"BLOCK_M": 32, "BLOCK_N": min(32, block_n), "BLOCK_K": 16, **few, "num_stages": 2}
@@ -62,17 +62,14 @@ def blocks(target: str, dtype: torch.dtype, rows: int, columns: int, depth: int,
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, **few, "num_warps": warps}
 
 
-def architecture(x: Tensor) -> str:
-    """What x is on: "sm_90", "gfx942", …; "cpu" for what is not on a GPU."""
-    return _architecture(x.device) if x.is_cuda else "cpu"
-
-
-@functools.cache
-def _architecture(device: torch.device) -> str:
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip:
-        return properties.gcnArchName.split(":")[0]
-    return f"sm_{properties.major}{properties.minor}"
+def _configuration(task: str, x: Tensor, rows: int, columns: int, depth: int, like: Tensor) -> dict[str, int]:
+    """The configuration of `blocks`, or one near it that `fastgen.tune` found faster for x and ``like``."""
+    first = blocks(_common.architecture(x), x.dtype, rows, columns, depth, task)
+    options = [first]
+    if x.dtype in (torch.float16, torch.bfloat16):
+        changes = ({"BLOCK_M": 64}, {"BLOCK_N": 64}, {"BLOCK_M": 64, "BLOCK_N": 64}, {"num_stages": 2})
+        options += [first | {k: min(v, first[k]) for k, v in change.items()} for change in changes]
+    return configuration(f"conv2d {task}", [c for i, c in enumerate(options) if c not in options[:i]], x, like)
 
 
 def conv2d_fwd(
@@ -120,7 +117,7 @@ def conv2d_weight_bwd(
     channels, kh, kw = dweight.shape[1:]
     with on_device_of(x):
         maps = _affine(x, skip, mean, rstd, norm_weight, norm_bias, scale, shift)
-        sizes = blocks(architecture(x), x.dtype, outputs, channels, n * gh * gw, "weight_bwd")
+        sizes = _configuration("weight_bwd", x, outputs, channels, n * gh * gw, dy)
         count = units(n, gh * gw, sizes["BLOCK_K"])
         rows = triton.cdiv(outputs, sizes["BLOCK_M"]) * kh * kw
         splits = min(count, triton.cdiv(4 * ENOUGH, rows * triton.cdiv(channels, sizes["BLOCK_N"])))
@@ -171,7 +168,7 @@ def _convolve(
     sh, sw = (where["SH"], where["SW"]) if transposed else (1, 1)
     gh, gw = triton.cdiv(yh, sh), triton.cdiv(yw, sw)
     columns, task = outputs // groups, "conv" if maps[0] is None else "norm_act_conv"
-    sizes = blocks(architecture(x), x.dtype, n * yh * yw, columns, channels // groups, task)
+    sizes = _configuration(task, x, n * yh * yw, columns, channels // groups, y)
     columns_tiles = triton.cdiv(columns, sizes["BLOCK_N"])
     strides = weight.stride()
     with on_device_of(x):

@@ -307,9 +307,6 @@ def _upfirdn2d(dtype: Any, last: bool, level: str) -> Iterator[tuple[str, Callab
 
 def _conv2d(dtype: Any, level: str) -> Iterator[tuple[str, Callable[[], None]]]:
     """A block of a U-Net with all there is, strides, upsampling, and gradients; with "all" odd sizes and groups too."""
-    from fastgen.kernels import conv2d
-
-    conv2d.architecture = lambda _: sys.argv[1]  # block sizes are those of the target
     norm: dict[str, Any] = {"norm": True, "act": 3, "residual": True}
     cases: dict[str, tuple[tuple[int, ...], int, dict[str, Any]]] = {
         "block": ((16, 128, 0, 128, 32, 32), 3, norm | {"c2": 128}), "down": ((16, 128, 0, 128, 32, 32), 3, {"s": 2}),
