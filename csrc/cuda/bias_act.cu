@@ -68,7 +68,7 @@ __device__ void leave(const Plan& p, const Place<kVec, kWide>& at, W (&sum)[kWid
 }
 
 template <typename T, int kVec, int kWide, typename W>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, 1)
     bias_act_fwd_kernel(const T* x,  // [N, C, S]
                         const W* b,  // [C] or null
                         T* y,        // [N, C, S]
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 }
 
 template <typename T, int kVec, int kWide, typename W>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, 1)
     bias_act_bwd_kernel(const T* dy,  // [N, C, S]
                         const T* x,   // [N, C, S]
                         const W* b,   // [C] or null
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // With t = ddx + ddb: d_dy = t g', and unless it is null d_x = t dy g'' with its sums.
 template <typename T, int kVec, int kWide, typename W>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, 1)
     bias_act_bwd_bwd_kernel(const T* ddx,  // [N, C, S]
                             const W* ddb,  // [C] or null
                             const T* dy,   // [N, C, S]
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // One block a channel: the sum of its slots.
 template <typename W>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, 1)
     bias_act_combine_kernel(const W* partial,  // [C, slots]
                             W* sums,           // [C]
                             int64_t slots) {
