@@ -66,6 +66,23 @@ def test_an_image_is_the_same_in_any_batch(way: str, monkeypatch: pytest.MonkeyP
     assert torch.equal(torch.autograd.grad(alone, one, torch.cos(alone.detach()))[0][0], dx[1])
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_alignment_changes_no_bit(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes that allow 16-byte accesses, at an address that does not."""
+    take(way, monkeypatch)
+    for last in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(2, 16, 8, 40).to(torch.bfloat16).contiguous(memory_format=last)
+        shifted = x.new_empty(x.numel() + 1)[1:].as_strided(x.shape, x.stride()).copy_(x)
+        found = []
+        for given in (x, shifted):
+            given = given.detach().requires_grad_()
+            y = ops.group_norm_act(given, 4, backend="cuda")
+            y = y + ops.bias_act(given, x[0, :, 0, 0], act="swish", backend="cuda")
+            found.append((y, *torch.autograd.grad(y, given, torch.cos(y.detach()))))
+        for a, e in zip(*found, strict=True):
+            assert torch.equal(a, e)
+
+
 def test_statistics_far_from_zero() -> None:
     """Centred sums: a mean of 4096 deviations takes nothing from the variance."""
     x = torch.randn(1, 8, 16, 16, generator=torch.Generator().manual_seed(0)) + 4096

@@ -68,7 +68,7 @@ __device__ void leave(const Plan& p, const Place<kVec, kWide>& at, W (&sum)[kWid
 }
 
 template <typename T, int kVec, int kWide, typename W>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, 1)
     bias_act_fwd_kernel(const T* x,  // [N, C, S]
                         const W* b,  // [C] or null
                         T* y,        // [N, C, S]
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 }
 
 template <typename T, int kVec, int kWide, typename W>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, 1)
     bias_act_bwd_kernel(const T* dy,  // [N, C, S]
                         const T* x,   // [N, C, S]
                         const W* b,   // [C] or null
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // With t = ddx + ddb: d_dy = t g', and unless it is null d_x = t dy g'' with its sums.
 template <typename T, int kVec, int kWide, typename W>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, 1)
     bias_act_bwd_bwd_kernel(const T* ddx,  // [N, C, S]
                             const W* ddb,  // [C] or null
                             const T* dy,   // [N, C, S]
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // One block a channel: the sum of its slots.
 template <typename W>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, 1)
     bias_act_combine_kernel(const W* partial,  // [C, slots]
                             W* sums,           // [C]
                             int64_t slots) {
@@ -208,9 +208,9 @@ void bias_act_fwd(const Tensor& x, const OptTensor& b, int64_t step, int64_t act
                   double clamp, const Tensor& y) {
   if (x.numel() == 0) return;
   const Gpu gpu(x);
-  const Shape shape(x, b, step);
-  const bool whole = aligned(x.const_data_ptr()) && aligned(y.const_data_ptr());
-  for_accesses(x, "bias_act", shape.plan, whole, shape.plan.channels, [&](auto zero, auto vec, auto wide) {
+  Shape shape(x, b, step);
+  shape.plan.vectors = aligned(x.const_data_ptr()) && aligned(y.const_data_ptr());
+  for_accesses(x, "bias_act", shape.plan, shape.plan.channels, [&](auto zero, auto vec, auto wide) {
     using T = decltype(zero);
     using W = Wide<T>;
     const Plan p = spread(shape.plan, vec, wide, sizeof(T));
@@ -224,9 +224,9 @@ void bias_act_bwd(const Tensor& dy, const Tensor& x, const OptTensor& b, int64_t
                   double gain, double clamp, const Tensor& dx, const OptTensor& db) {
   if (x.numel() == 0) return;
   const Gpu gpu(x);
-  const Shape shape(x, b, step);
-  const bool whole = aligned(dy.const_data_ptr()) && aligned(x.const_data_ptr()) && aligned(dx.const_data_ptr());
-  for_accesses(x, "bias_act", shape.plan, whole, shape.plan.channels, [&](auto zero, auto vec, auto wide) {
+  Shape shape(x, b, step);
+  shape.plan.vectors = aligned(dy.const_data_ptr()) && aligned(x.const_data_ptr()) && aligned(dx.const_data_ptr());
+  for_accesses(x, "bias_act", shape.plan, shape.plan.channels, [&](auto zero, auto vec, auto wide) {
     using T = decltype(zero);
     using W = Wide<T>;
     const Plan p = spread(shape.plan, vec, wide, sizeof(T));
@@ -244,10 +244,10 @@ void bias_act_bwd_bwd(const Tensor& ddx, const OptTensor& ddb, const Tensor& dy,
                       const OptTensor& d_x, const OptTensor& d_b) {
   if (x.numel() == 0) return;
   const Gpu gpu(x);
-  const Shape shape(x, b, step);
-  const bool whole = aligned(ddx.const_data_ptr()) && aligned(dy.const_data_ptr()) && aligned(x.const_data_ptr()) &&
-                     aligned(d_dy.const_data_ptr()) && (!d_x || aligned(d_x->const_data_ptr()));
-  for_accesses(x, "bias_act", shape.plan, whole, shape.plan.channels, [&](auto zero, auto vec, auto wide) {
+  Shape shape(x, b, step);
+  shape.plan.vectors = aligned(ddx.const_data_ptr()) && aligned(dy.const_data_ptr()) && aligned(x.const_data_ptr()) &&
+                       aligned(d_dy.const_data_ptr()) && (!d_x || aligned(d_x->const_data_ptr()));
+  for_accesses(x, "bias_act", shape.plan, shape.plan.channels, [&](auto zero, auto vec, auto wide) {
     using T = decltype(zero);
     using W = Wide<T>;
     const Plan p = spread(shape.plan, vec, wide, sizeof(T));

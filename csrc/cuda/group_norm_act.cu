@@ -171,8 +171,13 @@ __device__ __forceinline__ Pack<T, kVec> input_gradient(const W (&centred)[kVec]
 template <typename T, int kVec, int kWide>
 __device__ void fetch(const Place<kVec, kWide>& at, const Line<const T>& from, Pack<T, kVec>* slots) {
   Pack<T, kVec>* slot = slots + threadIdx.x;
-  for (int64_t i = at.first; i < at.end; i += at.lanes, slot += kThreads)
-    copy_async(slot, reinterpret_cast<const Pack<T, kVec>*>(from.at + i * from.step));
+  for (int64_t i = at.first; i < at.end; i += at.lanes, slot += kThreads) {
+    if (kVec == 1 || from.vectors) {
+      copy_async(slot, reinterpret_cast<const Pack<T, kVec>*>(from.at + i * from.step));
+    } else {
+      *slot = get<kVec>(from, i);
+    }
+  }
 }
 
 // Mean and centred sum of squares of each of the block's channels over the block's items: mean, m2 [count], shared.
@@ -337,7 +342,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // One block's items of y.
 template <typename T, int kVec, int kWide, typename W>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, 1)
     group_norm_act_fwd_apply_kernel(const T* x,           // [N, C1, S]
                                     const T* skip,        // [N, C2, S] or null
                                     Parameters<W> given,  //
@@ -468,7 +473,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // S1 and S2 of every channel over one block's items. Shared memory: of W [2 kWide, kThreads].
 template <typename T, int kVec, int kWide, typename W>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, 1)
     group_norm_act_bwd_partial_kernel(const T* dy,           // [N, C, S]
                                       const T* x,            // [N, C1, S]
                                       const T* skip,         // [N, C2, S] or null
@@ -545,7 +550,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // One block's items of dx and dskip.
 template <typename T, int kVec, int kWide, typename W>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, 1)
     group_norm_act_bwd_apply_kernel(const T* dy,           // [N, C, S]
                                     const T* x,            // [N, C1, S]
                                     const T* skip,         // [N, C2, S] or null
@@ -638,12 +643,12 @@ void group_norm_act_fwd(const Tensor& x, const OptTensor& skip, const OptTensor&
                         const Tensor& y, const Tensor& mean, const Tensor& rstd) {
   if (y.numel() == 0) return;
   const Gpu gpu(x);
-  const GroupPlan shape = shape_of(x, y, num_groups);
+  GroupPlan shape = shape_of(x, y, num_groups);
   const int64_t n = y.size(0);
   const int code = static_cast<int>(act);
-  const bool whole = aligned(x.const_data_ptr()) && aligned(y.const_data_ptr()) &&
-                     (!skip || aligned(skip->const_data_ptr()));
-  for_accesses(x, "group_norm_act", shape, whole, shape.common, [&](auto zero, auto vec, auto wide) {
+  shape.vectors = aligned(x.const_data_ptr()) && aligned(y.const_data_ptr()) &&
+                  (!skip || aligned(skip->const_data_ptr()));
+  for_accesses(x, "group_norm_act", shape, shape.common, [&](auto zero, auto vec, auto wide) {
     using T = decltype(zero);
     using W = Wide<T>;
     constexpr int kVec = vec, kWide = wide;
@@ -675,12 +680,12 @@ void group_norm_act_bwd(const Tensor& dy, const Tensor& x, const OptTensor& skip
                         const Tensor& sum_dz, const Tensor& sum_dz_xhat) {
   if (dy.numel() == 0) return;
   const Gpu gpu(x);
-  const GroupPlan shape = shape_of(x, dy, num_groups);
+  GroupPlan shape = shape_of(x, dy, num_groups);
   const int64_t n = dy.size(0);
   const int code = static_cast<int>(act);
-  const bool whole = aligned(x.const_data_ptr()) && aligned(dy.const_data_ptr()) && aligned(dx.const_data_ptr()) &&
-                     (!skip || (aligned(skip->const_data_ptr()) && aligned(dskip->const_data_ptr())));
-  for_accesses(x, "group_norm_act", shape, whole, shape.common, [&](auto zero, auto vec, auto wide) {
+  shape.vectors = aligned(x.const_data_ptr()) && aligned(dy.const_data_ptr()) && aligned(dx.const_data_ptr()) &&
+                  (!skip || (aligned(skip->const_data_ptr()) && aligned(dskip->const_data_ptr())));
+  for_accesses(x, "group_norm_act", shape, shape.common, [&](auto zero, auto vec, auto wide) {
     using T = decltype(zero);
     using W = Wide<T>;
     constexpr int kVec = vec, kWide = wide;

@@ -15,6 +15,7 @@ struct Plan {
   int bundle;          // channels of a block; the last block may have fewer
   int bundles, parts;  // blocks side by side along the channels and along the items
   bool columns;        // channels last
+  bool vectors;        // all tensors begin at multiples of 16 bytes; how they are read, and no bit, depends on it
   int64_t positions;
   int64_t items;  // of a line
   int64_t share;  // items of a block; the last block may have fewer
@@ -62,6 +63,7 @@ template <typename P>
 struct Line {
   P* at;
   int64_t step;
+  bool vectors;
 };
 
 // The line of a channel in x, or in cat(x, skip), of whose channels so many are x's.
@@ -70,11 +72,37 @@ __device__ Line<P> line_of(const Plan& p, int64_t image, int channel, P* x, P* s
   const bool late = channel >= early;
   const int64_t channels = late ? p.channels - early : early, c = late ? channel - early : channel;
   P* base = (late ? skip : x) + image * channels * p.positions;
-  return p.columns ? Line<P>{base + c, channels} : Line<P>{base + c * p.positions, kVec};
+  return p.columns ? Line<P>{base + c, channels, p.vectors} : Line<P>{base + c * p.positions, kVec, p.vectors};
 }
 template <int kVec, typename P>
 __device__ Line<P> line_of(const Plan& p, int64_t image, int channel, P* x) {
   return line_of<kVec, P>(p, image, channel, x, nullptr, p.channels);
+}
+
+template <int kVec, typename T>
+__device__ __forceinline__ Pack<T, kVec> get(const Line<const T>& from, int64_t item) {
+  const T* p = from.at + item * from.step;
+  if constexpr (kVec > 1) {
+    if (!from.vectors) {
+      Pack<T, kVec> pack;
+#pragma unroll
+      for (int j = 0; j < kVec; ++j) pack.v[j] = p[j];
+      return pack;
+    }
+  }
+  return *reinterpret_cast<const Pack<T, kVec>*>(p);
+}
+template <typename T, int kVec>
+__device__ __forceinline__ void put(const Line<T>& to, int64_t item, const Pack<T, kVec>& pack) {
+  T* p = to.at + item * to.step;
+  if constexpr (kVec > 1) {
+    if (!to.vectors) {
+#pragma unroll
+      for (int j = 0; j < kVec; ++j) p[j] = pack.v[j];
+      return;
+    }
+  }
+  *reinterpret_cast<Pack<T, kVec>*>(p) = pack;
 }
 
 // Calls f(item, packs) for a thread's items, one pack a source, while the next two accesses are under way.
@@ -84,8 +112,7 @@ __device__ void stream(const Place<kVec, kWide>& at, const Line<const T> (&from)
   const auto load = [&](int64_t i, Pack<T, kVec>(&to)[kSources]) {
     if (i >= at.end) return;
 #pragma unroll
-    for (int k = 0; k < kSources; ++k)
-      to[k] = *reinterpret_cast<const Pack<T, kVec>*>(from[k].at + i * from[k].step);
+    for (int k = 0; k < kSources; ++k) to[k] = get<kVec>(from[k], i);
   };
   load(at.first, ahead[0]);
   load(at.first + at.lanes, ahead[1]);
@@ -99,11 +126,6 @@ __device__ void stream(const Place<kVec, kWide>& at, const Line<const T> (&from)
     load(i + 2 * at.lanes, ahead[1]);
     f(i, now);
   }
-}
-
-template <typename T, int kVec>
-__device__ __forceinline__ void put(const Line<T>& to, int64_t item, const Pack<T, kVec>& pack) {
-  *reinterpret_cast<Pack<T, kVec>*>(to.at + item * to.step) = pack;
 }
 
 // The sums over the lanes of each line, in a fixed order, in the sum of lane 0. scratch: [kCount, kThreads], shared;
@@ -150,15 +172,15 @@ inline Plan spread(Plan p, int vec, int wide, int64_t element) {
 
 inline dim3 blocks(int64_t images, const Plan& p) { return dim3(static_cast<unsigned>(images * p.bundles * p.parts)); }
 
-// Calls f(zero of x's type, kVec, kWide), the latter two as integral_constants, with the widest accesses that pointers
-// and sizes allow; channels last every source has a multiple of `whole` channels.
+// Calls f(zero of x's type, kVec, kWide), the latter two as integral_constants, with the widest accesses that the sizes
+// allow; channels last every source has a multiple of `whole` channels.
 template <typename F>
-void for_accesses(const Tensor& x, const char* op, const Plan& p, bool aligned_16, int whole, const F& f) {
+void for_accesses(const Tensor& x, const char* op, const Plan& p, int whole, const F& f) {
   for_dtype(x, op, [&](auto zero) {
     constexpr int kVec = sizeof(zero) == 8 ? 1 : 16 / sizeof(zero);  // fp64 is for proofs: fewer kernels to compile
     using One = std::integral_constant<int, 1>;
     using Vec = std::integral_constant<int, kVec>;
-    if (!aligned_16 || (p.columns ? whole : p.positions) % kVec != 0) return f(zero, One{}, One{});
+    if ((p.columns ? whole : p.positions) % kVec != 0) return f(zero, One{}, One{});
     if (p.columns) return f(zero, Vec{}, Vec{});
     return f(zero, Vec{}, One{});
   });

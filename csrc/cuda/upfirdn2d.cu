@@ -50,7 +50,7 @@ __device__ __forceinline__ int64_t split(int64_t& value, int64_t by) {
 
 // kWide channels of one output pixel a thread, in the order of memory.
 template <typename T, typename R, int kWide, typename W>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, 1)
     upfirdn2d_direct_kernel(const T* x,  // [N, C, H, W]
                             const W* f,  // [taps y, taps x]
                             R* y,        // [N, C, H', W']
@@ -100,7 +100,7 @@ struct Tiling {
 // One tile. Shared memory, of W: the filter, [planes, in_h, in_w] pixels and, where the filter is separable, [planes,
 // in_h, tile width] sums of rows.
 template <typename T, int kUp, int kDown, bool kSeparable, typename W>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, 1)
     upfirdn2d_tile_kernel(const T* x,  // [N, C, H, W]
                           const W* f,  // [taps y, taps x], or [taps] of a separable filter
                           T* y,        // [N, C, H', W']
