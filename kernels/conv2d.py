@@ -67,7 +67,9 @@ def _configuration(task: str, x: Tensor, rows: int, columns: int, depth: int, li
     first = blocks(_common.architecture(x), x.dtype, rows, columns, depth, task)
     options = [first]
     if x.dtype in (torch.float16, torch.bfloat16):
-        changes = ({"BLOCK_M": 64}, {"BLOCK_N": 64}, {"BLOCK_M": 64, "BLOCK_N": 64}, {"num_stages": 2})
+        changes = [{"num_stages": 2}]
+        if task != "weight_bwd":  # which spills with other tiles
+            changes += [{"BLOCK_M": 64}, {"BLOCK_N": 64}, {"BLOCK_M": 64, "BLOCK_N": 64}]
         options += [first | {k: min(v, first[k]) for k, v in change.items()} for change in changes]
     return configuration(f"conv2d {task}", [c for i, c in enumerate(options) if c not in options[:i]], x, like)
 
