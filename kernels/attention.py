@@ -64,10 +64,9 @@ def blocks(kernel: str, architecture: str, dtype: torch.dtype, d: int, length: i
             "dkv": [(64, 128, 8, 2), (64, 64, 8, 2)],
         }[kernel]
     else:
-        stages = 2 if architecture.startswith("sm_10") else 3
         found = {
             "fwd": [(128, 128, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2)],
-            "dq": [(128, 64, 8, stages), (64, 64, 8, 2)],
+            "dq": [(64, 64, 8, 2)] if architecture.startswith("sm_10") else [(128, 64, 8, 3), (64, 64, 8, 2)],
             "dkv": [(32, 128, 8, 2), (32, 64, 4, 2)],
         }[kernel]
     fitting, most = [], [max(16, triton.next_power_of_2(x)) for x in (length, keys)]

@@ -50,8 +50,7 @@ def blocks(target: str, dtype: torch.dtype, rows: int, columns: int, depth: int,
     if dtype == torch.float32:
         if task == "weight_bwd":
             return {"BLOCK_M": 32, "BLOCK_N": min(32, block_n), "BLOCK_K": 16, **few, "num_stages": 1}
-        most = 64 if task == "conv" else 32
-        return {"BLOCK_M": 64, "BLOCK_N": min(most, block_n), "BLOCK_K": 16, "num_warps": 8, "num_stages": 2}
+        return {"BLOCK_M": 64, "BLOCK_N": min(32, block_n), "BLOCK_K": 16, "num_warps": 8, "num_stages": 2}
     steps = {"conv": (64, 32, 16), "norm_act_conv": (32, 16), "weight_bwd": (64,)}[task]
     block_k = min(steps, key=lambda b: (triton.cdiv(depth, b) * b, -b))
     block_m = 128 if rows > 64 else 64
