@@ -85,7 +85,7 @@ def training_row(dtype: str, bench: Bench) -> Row:
     row.auto = backends.preferred("norm_act_conv2d", bench.device)
     model = unet("cifar10").to(bench.device)
     generator, size = torch.Generator().manual_seed(0), model.config.image_size
-    x = torch.randn((TRAINING_BATCH, 3, size, size), generator=generator).to(bench.device)
+    x = torch.randn((TRAINING_BATCH, model.config.in_channels, size, size), generator=generator).to(bench.device)
     x = x.contiguous(memory_format=torch.channels_last)
     t = torch.randint(1000, (TRAINING_BATCH,), generator=generator).to(bench.device)
     with torch.no_grad(), plain_pytorch():

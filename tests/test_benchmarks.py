@@ -141,6 +141,22 @@ def test_compile_is_left_out_when_time_is_up(bench):
     assert row.columns["compile"].status == "skipped: time budget" and row.columns["compile"].ms is None
 
 
+def test_rows_of_a_gpu(bench, monkeypatch):
+    """Small, and on the CPU: what `make gpu` measures runs, and passes its gate."""
+    from benchmarks import gpu_rows, model_rows
+
+    monkeypatch.setattr(gpu_rows, "unet", lambda preset: model_rows.unet("tiny"))
+    monkeypatch.setattr(gpu_rows, "diffusers_unet", lambda preset, model: None)
+    monkeypatch.setattr(gpu_rows, "STEPS", 2)
+    monkeypatch.setattr(gpu_rows, "TRAINING_BATCH", 2)
+    with pytest.warns(UserWarning, match="without a CUDA graph"):
+        sampling = gpu_rows.sampling_row(2, "fp32", bench)
+    training = gpu_rows.training_row("bf16", bench)
+    assert {"eager", "launches", "auto", "loop graph"} <= set(sampling.columns)
+    for row in (sampling, training):
+        assert {c.status for c in row.columns.values()} == {"ok"} and not row.broken()
+
+
 def test_the_record(tmp_path):
     row = Row("op", "2x3", "fp32", "cpu", limit_ms=0.5, ours=["auto"], images=4)
     row.columns = {"eager": Cell("ok", 4.0, 3.0, 5.0, 7, 1e-7, 2e-7), "auto": Cell("ok", 2.0, 1.5, 2.5, 7)}
