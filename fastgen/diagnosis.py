@@ -44,14 +44,21 @@ class Report:
         ):  # fmt: skip
             lines += [title, *(f"  {name:<12}{value}" for name, value in values.items())]
         for device in next(iter(self.ops.values())):
-            lines += [f"ops on {device}", "  " + "".join(f"{name:<16}" for name in ("", "auto", *backends.BACKENDS))]
+            wide = max(map(len, self.ops)) + 2
+            header = "".join(f"{name:<16}" for name in ("auto", *backends.BACKENDS))
+            lines += [f"ops on {device}", f"  {'':<{wide}}{header}".rstrip()]
             reasons: dict[str, str] = {}
             for op, devices in self.ops.items():
                 marks = []
                 for reason in devices[device].values():
                     marks.append("yes" if reason is None else reasons.setdefault(reason, f"no ({len(reasons) + 1})"))
-                lines.append("  " + "".join(f"{cell:<16}" for cell in (op, self.auto[op][device], *marks)))
+                cells = "".join(f"{cell:<16}" for cell in (self.auto[op][device], *marks))
+                lines.append(f"  {op:<{wide}}{cells}".rstrip())
             lines += [f"  ({i}) {reason}" for i, reason in enumerate(reasons, 1)]
+            if device == "cuda" and any(by_device[device] == "reference" for by_device in self.auto.values()):
+                lines.append(
+                    "  auto = reference: PyTorch's own operators, in the tensors' dtype, unless tuned otherwise"
+                )
         return "\n".join(lines)
 
     __repr__ = __str__
