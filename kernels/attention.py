@@ -104,7 +104,7 @@ def attention_bwd(
         config = _configuration("dq", q, k)
         tensors, common = _prepare((dout, q, k, v, dq), q, k, scale, causal)
         attention_bwd_dq_kernel[(heads * triton.cdiv(q.shape[2], config["BLOCK_M"]),)](
-            *tensors, *sums, delta, mass, **common, MASKED=_masked(k, causal, config),
+            *tensors, sums[0], delta, mass, **common, MASKED=_masked(k, causal, config),
             ONCE=k.shape[2] <= config["BLOCK_N"], **config, **EXACT,
         )  # fmt: skip
         config = _configuration("dkv", q, k)
@@ -150,6 +150,14 @@ def head_of(x_ptr, head, heads, stride_n, stride_h, UNIT: tl.constexpr):
     """Where a head, of all images' heads, begins."""
     n = (head // heads).to(tl.int64)
     return x_ptr + (n * stride_n + (head % heads).to(tl.int64) * stride_h) * UNIT
+
+
+@triton.jit
+def block_of_queries(program, length, INDEX: tl.constexpr, BLOCK_M: tl.constexpr):
+    """A program's head and the first and all of its rows; where attention is causal, the longest come first."""
+    queries = tl.cdiv(length, BLOCK_M)
+    first = (queries - 1 - program % queries).to(INDEX) * BLOCK_M
+    return program // queries, first, first + tl.arange(0, BLOCK_M).to(INDEX)
 
 
 @triton.jit
@@ -221,10 +229,7 @@ def attention_fwd_kernel(
     INDEX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One block of queries of one head."""
-    queries = tl.cdiv(length, BLOCK_M)
-    head = tl.program_id(0) // queries
-    first = (queries - 1 - tl.program_id(0) % queries).to(INDEX) * BLOCK_M  # causal: the longest first
-    rows = first + tl.arange(0, BLOCK_M).to(INDEX)
+    head, first, rows = block_of_queries(tl.program_id(0), length, INDEX, BLOCK_M)
     factor = (tl.cast(scale_high, WIDE) + tl.cast(scale_low, WIDE)) * LOG2E
     q = load_rows(
         head_of(q_ptr, head, heads, q_stride_n, q_stride_h, UNIT), rows, length, q_stride, D, UNIT, BLOCK_D, True
@@ -257,15 +262,16 @@ def attention_fwd_kernel(
 
 @triton.jit
 def probabilities(
-    q, dout, k_ptr, v_ptr, k_stride, v_stride, factor, shift, inverse, rows, columns, keys,
+    q, dout, k_ptr, v_ptr, k_stride, v_stride, factor, shift, rows, start, keys,
     D: tl.constexpr, UNIT: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    INDEX: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """p and dp [rows, columns] of a block of keys, and the keys."""
+    """p's numerators and dp [rows, BLOCK_N] of a block of keys, and the keys."""
+    columns = start + tl.arange(0, BLOCK_N).to(INDEX)
     k = load_rows(k_ptr, columns, keys, k_stride, D, UNIT, BLOCK_D, MASKED)
     v = load_rows(v_ptr, columns, keys, v_stride, D, UNIT, BLOCK_D, MASKED)
     s = scores(q, k, factor, rows, columns, keys, CAUSAL, MASKED, WIDE)
-    return tl.exp2(s - shift[:, None]) * inverse[:, None], product(dout, v, WIDE), k
+    return tl.exp2(s - shift[:, None]), product(dout, v, WIDE), k
 
 
 @triton.jit
@@ -281,7 +287,6 @@ def attention_bwd_dq_kernel(
     dq_ptr,  # [N, h, L, D]
     dq_stride_n, dq_stride_h, dq_stride,
     shift_ptr,  # [N, h, L]
-    total_ptr,  # [N, h, L]
     delta_ptr,  # [N, h, L]
     mass_ptr,  # [N, h, L]
     heads, length, keys, scale_high, scale_low,
@@ -291,10 +296,7 @@ def attention_bwd_dq_kernel(
     """dq of one block of queries of one head, and the sums over keys of p dp and of p's numerators. ONCE: all keys are
     one block. p is divided by a sum made here: where a score of hundreds is rounded otherwise than in the forward, p
     by the forward's sum would not come to 1, and dp - delta would be that error times dp in place of 0."""
-    queries = tl.cdiv(length, BLOCK_M)
-    head = tl.program_id(0) // queries
-    first = (queries - 1 - tl.program_id(0) % queries).to(INDEX) * BLOCK_M
-    rows = first + tl.arange(0, BLOCK_M).to(INDEX)
+    head, first, rows = block_of_queries(tl.program_id(0), length, INDEX, BLOCK_M)
     inside = rows < length
     scale = tl.cast(scale_high, WIDE) + tl.cast(scale_low, WIDE)
     factor = scale * LOG2E
@@ -306,33 +308,30 @@ def attention_bwd_dq_kernel(
     v_ptr = head_of(v_ptr, head, heads, v_stride_n, v_stride_h, UNIT)
     offsets = head.to(tl.int64) * length + rows
     shift = tl.load(shift_ptr + offsets, mask=inside, other=0.0)
-    inverse = 1.0 / tl.load(total_ptr + offsets, mask=inside, other=1.0)
     dq = tl.zeros([BLOCK_M, BLOCK_D], WIDE)
     delta = tl.zeros([BLOCK_M], WIDE)
     mass = tl.zeros([BLOCK_M], WIDE)
     end = tl.minimum(first + BLOCK_M, keys) if CAUSAL else keys
     if not ONCE:
         for start in tl.range(0, end, BLOCK_N):
-            columns = start + tl.arange(0, BLOCK_N).to(INDEX)
             p, dp, k = probabilities(
-                q, dout, k_ptr, v_ptr, k_stride, v_stride, factor, shift, inverse, rows, columns, keys,
-                D, UNIT, CAUSAL, MASKED, WIDE, BLOCK_D,
+                q, dout, k_ptr, v_ptr, k_stride, v_stride, factor, shift, rows, start, keys,
+                D, UNIT, CAUSAL, MASKED, WIDE, INDEX, BLOCK_N, BLOCK_D,
             )  # fmt: skip
             delta += tl.sum(p * dp, 1)
             mass += tl.sum(p, 1)
         delta /= mass
     for start in tl.range(0, end, BLOCK_N):
-        columns = start + tl.arange(0, BLOCK_N).to(INDEX)
         p, dp, k = probabilities(
-            q, dout, k_ptr, v_ptr, k_stride, v_stride, factor, shift, inverse, rows, columns, keys,
-            D, UNIT, CAUSAL, MASKED, WIDE, BLOCK_D,
+            q, dout, k_ptr, v_ptr, k_stride, v_stride, factor, shift, rows, start, keys,
+            D, UNIT, CAUSAL, MASKED, WIDE, INDEX, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         if ONCE:
             mass = tl.sum(p, 1)
             delta = tl.sum(p * dp, 1) / mass
         dq = add_product(dq, p * (1.0 / mass)[:, None] * (dp - delta[:, None]), k, WIDE)
     tl.store(delta_ptr + offsets, delta, mask=inside)
-    tl.store(mass_ptr + offsets, mass / inverse, mask=inside)
+    tl.store(mass_ptr + offsets, mass, mask=inside)
     dq_ptr = head_of(dq_ptr, head, heads, dq_stride_n, dq_stride_h, UNIT)
     store_rows(dq * scale, dq_ptr, rows, length, dq_stride, D, UNIT, BLOCK_D)
 
