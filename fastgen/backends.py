@@ -261,18 +261,22 @@ def _native(backend: str, op: str) -> Callable | None:
 def kernel(op: str, function: str, backend: str) -> Callable[..., None]:
     """The launcher ``function`` of ``op``: it fills the outputs it is given. All backends share its signature."""
     if backend == "triton":
-        _use_tuned()
+        use_configurations()
         return getattr(importlib.import_module(f"fastgen.kernels.{STEMS[op]}"), function)
     library_error("cpu" if backend == "cpp" else "cuda")
     return getattr(getattr(torch.ops, f"fastgen_{backend}"), function).default
 
 
 @functools.cache
-def _use_tuned() -> None:
-    """Hands the configurations that `fastgen.tune` found on this GPU to the launchers, which import nothing of ours."""
+def use_configurations() -> None:
+    """Hands the configurations that `fastgen.tune` found on this GPU to the launchers, which import nothing of ours.
+
+    Once; after ``use_configurations.cache_clear()`` anew.
+    """
+    chosen = importlib.import_module("fastgen.kernels._tuning").CHOSEN
+    chosen.clear()
     if torch.cuda.is_available():
-        found = tuned.here(torch.device("cuda", torch.cuda.current_device())).configurations
-        importlib.import_module("fastgen.kernels._tuning").CHOSEN.update(found)
+        chosen.update(tuned.here(torch.device("cuda", torch.cuda.current_device())).configurations)
 
 
 def build_info() -> dict[str, Any]:

@@ -92,7 +92,10 @@ def tune(
     found = tuned.Tuned(dict(old.backends), dict(old.configurations))
     quiet = None if progress is None else not progress
     rows = [_tune(c, found, timer) for c in tqdm(calls, "tuning", unit="call", disable=quiet, file=sys.stderr)]
-    return Tuning(rows, len(found.configurations), tuned.save(found, name))
+    file = tuned.save(found, name)
+    backends.use_configurations.cache_clear()
+    backends.use_configurations()
+    return Tuning(rows, len(found.configurations), file)
 
 
 @dataclass(frozen=True)
@@ -164,7 +167,7 @@ def _tune(call: _Call, found: tuned.Tuned, timer: Timer) -> Measured:
                 times[backend] = _configure(call, found, timer)
             else:
                 times[backend] = timer(lambda b=backend: call.run(b))
-        except RuntimeError as error:  # a kernel that does not fit this GPU must not stop the others
+        except Exception as error:  # a kernel that does not fit this GPU must not stop the others
             reasons[backend] = " ".join(str(error).split())[:100]
     best = min(times, key=times.__getitem__)
     found.backends[tuned.key(call.name, call.like)] = best
@@ -203,7 +206,7 @@ def _configure(call: _Call, found: tuned.Tuned, timer: Timer) -> float:
                 best[key] = option
                 try:
                     ms = timer(lambda: call.run("triton"))
-                except RuntimeError:  # more shared memory or registers than this GPU has
+                except Exception:  # more shared memory or registers than this GPU has, as Triton's own kinds of error
                     ms = float("inf")
                 if ms < WORTH * fastest:
                     fastest = ms

@@ -95,6 +95,19 @@ def test_what_is_found_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _tuning.configuration("q_sample", options[:1], x) == options[0]
 
 
+def test_what_is_found_is_handed_to_the_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, which is made up here; what was chosen before and is no longer goes."""
+    found = tuned.Tuned({}, {("q_sample", "torch.float32"): {"BLOCK": 256}})
+    monkeypatch.setattr(_tuning, "CHOSEN", {("philox",): {"BLOCK": 128}})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(tuned, "here", lambda device: found)
+    backends.use_configurations.cache_clear()
+    backends.use_configurations()
+    assert _tuning.CHOSEN == found.configurations
+    backends.use_configurations.cache_clear()
+
+
 def test_auto_takes_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU, which is made up here: resolve looks into the table before all else, and obeys who names a backend."""
     gpu, x = torch.device("cuda", 0), torch.zeros(2, 8, 6, 6)
