@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 HAS_GPU = torch.cuda.is_available()
+# Of `make gpu`: when that many seconds are over, what is left is skipped, and counted.
+SECONDS = float(os.environ["FASTGEN_TEST_SECONDS"]) if "FASTGEN_TEST_SECONDS" in os.environ else None
+STARTED = time.monotonic()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which nothing has done yet
 os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # its cache on disk does not know our fake kernels
@@ -34,12 +39,20 @@ pytest.register_assert_rewrite("suite")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if SECONDS is not None:
+        # What only a GPU shows comes first, then some of everything: each op's kernels take long to compile.
+        items.sort(key=lambda i: (i.path.parent.name == "ops", hashlib.sha256(i.nodeid.encode()).digest()))
     if HAS_GPU:
         return
     skip = pytest.mark.skip(reason="needs a GPU, and PyTorch sees none")
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if SECONDS is not None and time.monotonic() - STARTED > SECONDS:
+        pytest.skip(f"FASTGEN_TEST_SECONDS: {SECONDS:g} s are over")
 
 
 @pytest.fixture(scope="session", autouse=True)
