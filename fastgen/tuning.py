@@ -108,7 +108,7 @@ class _Call:
     name: str
 
     def run(self, backend: str) -> list[Tensor]:
-        """Outputs, then gradients of all that has one."""
+        """The first output, then all gradients there are. Other outputs may be what a backend keeps for itself."""
         named = {a.name: i for i, a in enumerate(self.op.op._schema.arguments)}
         args = [a.detach().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in self.args]
         args[named["backend"]] = backend
@@ -121,8 +121,8 @@ class _Call:
         roots = [o for o in outputs if o.requires_grad]
         if roots:
             found = torch.autograd.grad(roots, leaves, [torch.ones_like(o) for o in roots], allow_unused=True)
-            outputs = [*outputs, *(g for g in found if g is not None)]
-        return [o.detach() for o in outputs]
+            return [outputs[0].detach(), *(g for g in found if g is not None)]
+        return outputs[:1]
 
 
 def _calls(workload: Callable[[], Any], wanted: set[str]) -> Iterator[_Call]:

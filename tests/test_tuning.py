@@ -143,6 +143,24 @@ def test_a_wrong_kernel_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @interpreted
+def test_ops_that_keep_something_for_their_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each backend keeps what it likes: only what is returned, and gradients, are compared."""
+    clock = Clock(monkeypatch, reference=1.0, cpp=1.0, triton=0.5)
+
+    def calls() -> None:
+        x, w = torch.randn(1, 4, 5, 5, requires_grad=True), torch.randn(4, 4, 3, 3, requires_grad=True)
+        ops.norm_act_conv2d(x, w, padding=1, num_groups=2).sum().backward()
+        ops.batch_norm_act(x, training=True).sum().backward()
+        q = torch.randn(1, 2, 9, 8, requires_grad=True)
+        ops.attention(q, q, q).sum().backward()
+
+    report = fastgen.tune(calls, device="cpu", timer=clock)
+    assert {"conv2d", "batch_norm_act", "attention"} <= {m.op for m in report.calls}
+    for row in report.calls:
+        assert not row.out_of_the_running and row.backend == "triton", row
+
+
+@interpreted
 def test_tuning_again_keeps_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch, reference=1.0, cpp=2.0, triton=3.0)
     fastgen.tune(workload, device="cpu", timer=clock)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fastgen import backends
 from fastgen.ops import convolution
-from fastgen.ops.conv2d import conv2d
+from fastgen.ops.conv2d import ENGINES, conv2d
 from fastgen.ops.conv2d_arguments import Pair, four, pair
 from fastgen.ops.convolution import Geometry, Prologue
 from fastgen.ops.registration import FusedOp, layout, wide
@@ -132,7 +132,8 @@ def _forward(
     else:
         prologue = Prologue(torch.zeros_like(pre), pre, None, None, None, None, "none")
         geometry, size = Geometry(padding=four(padding)), tuple(fake.shape[2:])
-        y = convolution.run(x, w, geometry, convolution.FORWARD, size, prologue=prologue, gain=norm, kept=True)
+        given = {"prologue": prologue, "gain": norm, "kept": True}
+        y = ENGINES[backend].run(x, w, geometry, convolution.FORWARD, size, **given)
     y = y if post is None else y.mul_(post[:, :, None, None])
     return y.contiguous(memory_format=layout(x))
 
