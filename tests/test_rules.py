@@ -197,10 +197,11 @@ def test_one_stem_everywhere(stem: str) -> None:
 
 
 def test_no_kernel_without_an_op() -> None:
-    """What begins with an underscore is shared; what is common to all of csrc/cpu has no stem."""
+    """What begins with an underscore is shared; what is common to all of csrc/cpu has no stem. ema.cpp works in place
+    and has no gradient: `fastgen.training.ema` calls it, and no op does."""
     assert {f.stem for f in KERNEL_FILES if not f.stem.startswith("_")} <= set(STEMS)
     parts = {f"{stem}_{part}" for stem in STEMS for part in ("bwd", "weights")}
-    assert {f.stem for f in (CSRC / "cpu").glob("*.cpp")} <= {*STEMS, *parts, "activations", "isa", "noise"}
+    assert {f.stem for f in (CSRC / "cpu").glob("*.cpp")} <= {*STEMS, *parts, "activations", "ema", "isa", "noise"}
     assert {f.stem for f in (CSRC / "cuda").glob("*.cu")} <= set(STEMS)
 
 
