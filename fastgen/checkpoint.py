@@ -1,22 +1,18 @@
 """Checkpoints: a directory of `model.safetensors`, `config.json` and a SHA-256 `manifest.json`.
 
-A directory is written beside its final place, synced, and renamed: it is there whole or not at
+A directory is written beside its final place, synced, and renamed (fastgen.atomic): it is there whole or not at
 all. Loading verifies every file against the manifest. Nothing is ever a pickle. Directories
 written by diffusers (`UNet2DModel`, `DDPMPipeline`) load too.
 """
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import errno
 import hashlib
 import json
 import os
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fastgen.atomic import OURS, aside, atomic_directory, umask
 from fastgen.diffusion.samplers import SamplingDefaults
 from fastgen.diffusion.schedules import DiffusionConfig
 from fastgen.errors import UsageError
@@ -61,53 +58,6 @@ def describe_models() -> list[dict[str, Any]]:
     return described
 
 
-@contextlib.contextmanager
-def atomic_directory(path: Path) -> Iterator[Path]:
-    """Yields a fresh directory beside ``path`` that takes its place when the block succeeds.
-
-    Files and folder are synced before the rename. Where the block fails, nothing is left behind
-    and what stood at ``path`` stays.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
-        work.chmod(0o777 & ~umask())
-        yield work
-        for file in [*work.iterdir(), work]:
-            _fsync(file)
-        old = path.with_name(f".{path.name}-old")
-        try:
-            if path.exists():
-                shutil.rmtree(old, ignore_errors=True)
-                path.rename(old)
-            work.rename(path)
-        except BaseException:
-            if old.exists() and not path.exists():
-                old.rename(path)
-            raise
-        _fsync(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-
-
-def umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _fsync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():
-        return  # Windows has no handle for a directory
-    fd = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as f:
@@ -138,7 +88,7 @@ def write_checkpoint(
     """Writes a checkpoint into the existing, empty ``directory`` (use `atomic_directory`).
 
     ``weights`` replaces the model's own state_dict (an EMA, say); ``extra_files`` are further
-    safetensors files, such as the state of a training run.
+    safetensors files, such as the state of a training run. The manifest is written last. Raises OSError.
     """
     config = {
         "format": FORMAT,
@@ -155,7 +105,8 @@ def write_checkpoint(
             save_file({k: v.detach().contiguous() for k, v in tensors.items()}, directory / name)
         except SafetensorError as error:
             code = re.search(r"os error (\d+)", str(error))
-            raise OSError(int(code[1]) if code else errno.EIO, str(error), str(directory / name)) from None
+            number = int(code[1]) if code else errno.EIO
+            raise OSError(number, os.strerror(number) if code else str(error), str(directory / name)) from None
         (directory / name).chmod(0o666 & ~umask())
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     manifest = {name: sha256(directory / name) for name in sorted([*files, "config.json"])}
@@ -194,11 +145,16 @@ def load(
 
 
 def resolve(path_or_name: str | Path) -> Path:
-    """The directory that a name or path stands for; a training run means its newest checkpoint."""
+    """The directory that a name or path stands for; a training run means its newest checkpoint.
+
+    A directory that a killed process had moved aside to replace it is found there.
+    """
     name = str(path_or_name)
     if name in shipped_models():
         return WEIGHTS / name
     path = Path(name).expanduser()
+    if path.name and not path.exists() and (aside(path) / "manifest.json").is_file():
+        path = aside(path)
     if path.is_dir():
         if steps := checkpoints_of(path):
             return steps[-1]
@@ -220,8 +176,11 @@ def resolve(path_or_name: str | Path) -> Path:
 
 
 def checkpoints_of(run: Path) -> list[Path]:
-    """The whole checkpoints of a training run, oldest first."""
-    return sorted(p for p in run.glob(f"{STEP_PREFIX}*") if (p / "manifest.json").is_file())
+    """The whole checkpoints of a training run, oldest first; one that a killed process had moved aside, there."""
+    found = {p.name: p for p in run.glob(f"{STEP_PREFIX}*")}
+    for moved in run.glob(aside(run / f"{STEP_PREFIX}*").name):
+        found.setdefault(OURS.fullmatch(moved.name)[2], moved)
+    return [found[name] for name in sorted(found) if (found[name] / "manifest.json").is_file()]
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image
 from torch import nn
 
+from fastgen.atomic import sweep
 from fastgen.errors import UsageError
 from fastgen.recipe import CHUNK, UNREADABLE, Recipe, read_recipe
 from fastgen.sampling import Job, prepare, run
@@ -44,6 +45,7 @@ def sample_to_folder(
     job = prepare(model, n, **arguments)
     todo = [i for i in range(len(job.seeds)) if not _finished(folder / image_name(i), job, i)]
     folder.mkdir(exist_ok=True)
+    sweep(folder)
     batches = [todo[i : i + job.batch_size] for i in range(0, len(todo), job.batch_size)]
     for batch, samples in zip(batches, run(job, batches), strict=True):
         for k, i in enumerate(batch):

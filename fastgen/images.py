@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from fastgen.checkpoint import umask
+from fastgen.atomic import atomic_file
 from fastgen.errors import UsageError
 from fastgen.recipe import Recipe, png_info
 
@@ -126,23 +125,15 @@ def writing(path: Path) -> Iterator[Path]:
 
     Nothing is left of one that fails. A full disk is a UsageError.
     """
-    work = None
     try:
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-        os.close(descriptor)
-        work = Path(name)
-        yield work
-        work.chmod(0o666 & ~umask())
-        os.replace(work, path)
+        with atomic_file(path, sync=False) as work:  # a picture can be made again from its seeds
+            yield work
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise UsageError(
             f"output: no room for {path.name} on the disk of {path.parent}; free some space and run it again"
         ) from None
-    finally:
-        if work is not None:
-            work.unlink(missing_ok=True)
 
 
 def check_output(path: str | Path) -> Path:

@@ -6,7 +6,6 @@ of another version of fastgen, torch or Triton is not used, and one that is dama
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import os
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgen.atomic import atomic_file, sweep
 from fastgen.errors import UsageError
 from fastgen.version import __version__
 
@@ -65,14 +65,12 @@ def save(found: Tuned, gpu: str) -> Path:
     """Writes the file for ``gpu``, whole or not at all, and uses it from now on in this process."""
     file = path(gpu)
     tables = {name: [[list(k), v] for k, v in table.items()] for name, table in vars(found).items()}
-    temporary = file.with_suffix(f".{os.getpid()}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps({"gpu": gpu, "versions": versions(), **tables}, indent=1), encoding="utf-8")
-        temporary.replace(file)
+        sweep(file.parent)
+        with atomic_file(file) as work:
+            work.write_text(json.dumps({"gpu": gpu, "versions": versions(), **tables}, indent=1), encoding="utf-8")
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise UsageError(f"FASTGEN_CACHE: cannot write {file} ({error}); name a folder that can be written") from None
     load.cache_clear()
     return file

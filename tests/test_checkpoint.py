@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import fastgen
-from fastgen import checkpoint
+from fastgen import atomic, checkpoint
 from fastgen.checkpoint import (
     atomic_directory,
     checkpoints_of,
@@ -49,6 +49,16 @@ def model() -> UNet:
 def saved(model: UNet, tmp_path: Path) -> Path:
     fastgen.save(model, tmp_path / "model")
     return tmp_path / "model"
+
+
+def exchanges(folder: Path) -> bool:
+    """Whether names in ``folder`` can be exchanged in one call."""
+    one, other = folder / ".one", folder / ".other"
+    one.mkdir(), other.mkdir()
+    try:
+        return atomic._exchange(one, other)
+    finally:
+        one.rmdir(), other.rmdir()
 
 
 def edit_config(folder: Path, *, keep_manifest: bool = False, **changes: object) -> None:
@@ -135,7 +145,10 @@ def test_a_failure_keeps_the_old(model: UNet, saved: Path, monkeypatch: pytest.M
     assert os.listdir(saved.parent) == [saved.name]
 
 
-def test_an_interrupted_save_keeps_the_old(model: UNet, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("moves", [["_exchange"], ["_exchange", "rename", "rename"]], ids=["exchanged", "moved"])
+def test_an_interrupted_save_keeps_the_old(
+    model: UNet, saved: Path, monkeypatch: pytest.MonkeyPatch, moves: list[str]
+) -> None:
     """Ctrl-C at any file that is written, synced or moved leaves the whole of one checkpoint, and nothing beside it."""
     old = {name: (saved / name).read_bytes() for name in FILES}
     with torch.no_grad():
@@ -152,14 +165,25 @@ def test_an_interrupted_save_keeps_the_old(model: UNet, saved: Path, monkeypatch
 
         return call
 
-    for holder, name in ((checkpoint, "save_file"), (checkpoint, "_fsync"), (Path, "write_text"), (Path, "rename")):
+    if len(moves) > 1:  # a system that exchanges no names
+        monkeypatch.setattr(atomic, "_renameat2", lambda: None)
+    elif not exchanges(saved.parent):
+        pytest.skip("no names are exchanged here")
+    places = (
+        (checkpoint, "save_file"),
+        (Path, "write_text"),
+        (atomic, "_fsync"),
+        (atomic, "_exchange"),
+        (os, "rename"),
+    )
+    for holder, name in places:
         monkeypatch.setattr(holder, name, counted(name, getattr(holder, name)))
-    steps = ["save_file", *["write_text"] * 2, *["_fsync"] * 4, "rename", "rename"]
+    steps = ["save_file", *["write_text"] * 2, *["_fsync"] * 4, *moves, "_fsync"]
     for stop in range(len(steps)):
         calls.clear()
         with pytest.raises(KeyboardInterrupt):
             fastgen.save(model, saved)
-        back = ["rename"] if stop == len(steps) - 1 else []  # the old one had been moved out of the way
+        back = [name for name in steps[7:stop] if name == moves[-1]]  # what had been moved
         assert calls == steps[: stop + 1] + back and {name: (saved / name).read_bytes() for name in FILES} == old
         assert os.listdir(saved.parent) == [saved.name]
 
@@ -178,14 +202,15 @@ def test_a_full_disk_is_an_error_of_the_system(model: UNet, saved: Path, monkeyp
 
 
 def test_a_failing_rename_keeps_the_old(model: UNet, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = Path.rename
+    real = os.rename
 
-    def rename(self: Path, target: Path) -> Path:
-        if Path(target) == saved and not self.name.endswith("-old"):
+    def rename(source: Path, target: Path) -> None:
+        if Path(target) == saved and source != atomic.aside(saved):
             raise OSError("rename failed")
-        return real(self, target)
+        real(source, target)
 
-    monkeypatch.setattr(Path, "rename", rename)
+    monkeypatch.setattr(atomic, "_renameat2", lambda: None)
+    monkeypatch.setattr(os, "rename", rename)
     with pytest.raises(OSError, match="rename failed"):
         fastgen.save(model, saved)
     fastgen.load(saved)

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import fastgen
-from fastgen import images
+from fastgen import atomic, images
 from fastgen.images import Samples, check_output, concatenate, writing
 from fastgen.recipe import CHUNK, Recipe, read_recipe
 
@@ -190,11 +190,11 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int,
         raise error
 
     if where == "making":
-        monkeypatch.setattr(images.tempfile, "mkstemp", fail)
+        monkeypatch.setattr(atomic, "_create", fail)
     elif where == "writing":
         monkeypatch.setattr(Image.Image, "save", fails_halfway(error))
     else:
-        monkeypatch.setattr(images.os, "replace", fail)
+        monkeypatch.setattr(atomic.os, "replace", fail)
     for name in ("old.png", "new.png"):
         with pytest.raises(fastgen.UsageError, match=f"^output: no room for {name} .*{tmp_path}") as caught:
             samples(2).save(tmp_path / name)

@@ -51,7 +51,7 @@ LAYERS: list[set[str]] = [
     {"ops"},
     {"backends"},
     {"tuned"},
-    {"errors", "version", "kernels"},
+    {"atomic", "errors", "version", "kernels"},
 ]
 # The package itself, fastgen/__init__.py, loads everything on first use, and itself imports only:
 ROOT_IMPORTS = {"version"}
@@ -163,7 +163,7 @@ def test_kernels_import_torch_triton_and_themselves(file: Path) -> None:
 
 def test_light_files_import_no_torch() -> None:
     """`import fastgen` and `fastgen --help` are instant because of these."""
-    for stem in ("__init__", "__main__", "cli", "errors", "version"):
+    for stem in ("__init__", "__main__", "atomic", "cli", "errors", "version"):
         top = [n for n in tree(PACKAGE / f"{stem}.py").body if isinstance(n, ast.Import | ast.ImportFrom)]
         modules = {a.name for n in top if isinstance(n, ast.Import) for a in n.names} | {
             n.module for n in top if isinstance(n, ast.ImportFrom)
