@@ -40,7 +40,8 @@ LAYERS: list[set[str]] = [
     {"cli"},
     {"folder", "metrics", "replaying"},
     {"tuning"},
-    {"testing", "diagnosis", "training", "sampling"},
+    {"training"},
+    {"testing", "diagnosis", "sampling"},
     {"denoising"},
     {"arguments", "finite", "graphs"},
     {"images"},
@@ -51,7 +52,7 @@ LAYERS: list[set[str]] = [
     {"ops"},
     {"backends"},
     {"tuned"},
-    {"errors", "version", "kernels"},
+    {"errors", "version", "kernels", "atomic"},
 ]
 # The package itself, fastgen/__init__.py, loads everything on first use, and itself imports only:
 ROOT_IMPORTS = {"version"}
