@@ -7,9 +7,12 @@ on stderr and exit code 2.
 from __future__ import annotations
 
 import errno
+import functools
+import inspect
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -304,53 +307,104 @@ def evaluate(
     typer.echo(json.dumps(found.as_dict(), indent=2) if as_json else str(found))
 
 
+def _settings(function: Any) -> Any:
+    """Gives a verb an option for each setting of TrainConfig, with help and default, as its argument ``settings``."""
+    from fastgen.training.config import describe
+
+    options = []
+    for name, kind, default, help in describe():
+        known = {"int": int, "float": float, "bool": bool}.get(kind.split(" | ")[0], str)
+        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+        if known is bool:
+            shown = "yes" if default else "no"
+        said = help if "Default: " in help or default is None else f"{help} Default: {shown}."
+        annotation = Annotated[Optional[known], typer.Option(help=said)]
+        options.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
+    signature = inspect.signature(function, eval_str=True)
+    own = [p for p in signature.parameters.values() if p.name != "settings"]
+    names = {p.name for p in options}
+
+    @functools.wraps(function)
+    def verb(**arguments: Any) -> Any:
+        given = {k: v for k, v in arguments.items() if k in names and v is not None}
+        return function(settings=given, **{k: v for k, v in arguments.items() if k not in names})
+
+    first, rest = own[:2], own[2:]
+    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*first, *options, *rest)]
+    verb.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    verb.__annotations__ = {p.name: p.annotation for p in parameters}
+    return verb
+
+
 @app.command()
+@_settings
 def train(
     recipe: Annotated[
-        str, typer.Argument(help="What to train: ddpm, a class-conditional diffusion model, or classifier.")
-    ],
-    out: Annotated[Path, typer.Option(help="The folder of the run: checkpoints and log.csv.")],
-    data: Annotated[str, typer.Option(help="The data set: mnist-5k (needs the extra 'data').")] = "mnist-5k",
-    preset: Annotated[
         Optional[str],
-        typer.Option(help="The network. ddpm: mnist (default) or tiny. classifier: digits (default) or digits-tiny."),
+        typer.Argument(help="What to train: ddpm, a diffusion model, or classifier. Default: that of --config."),
     ] = None,
-    steps: Annotated[int, typer.Option(help="Optimizer steps in all.")] = 10_000,
-    batch_size: Annotated[int, typer.Option(help="Images a step.")] = 128,
-    lr: Annotated[float, typer.Option(help="Learning rate of AdamW, after the warm-up.")] = 1e-3,
-    cooldown: Annotated[int, typer.Option(help="Steps at the end over which the learning rate falls to 0.")] = 0,
-    precision: Annotated[str, typer.Option(help="fp32, or bf16 for autocast.")] = "fp32",
-    seed: Annotated[int, typer.Option(help="Of everything random in the run.")] = 0,
-    save_every: Annotated[int, typer.Option(help="Steps between checkpoints; the two newest are kept.")] = 1000,
-    resume: Annotated[Optional[str], typer.Option(help="'auto' goes on from the newest checkpoint in OUT.")] = None,
+    out: Annotated[Path, typer.Option(help="The folder of the run: checkpoints, log.csv and config.json.")] = ...,
+    config: Annotated[
+        Optional[Path],
+        typer.Option(help="The config.json of a run to make again; options that are given go before it."),
+    ] = None,
+    resume: Annotated[
+        Optional[str], typer.Option(help="'auto' goes on from the newest whole checkpoint in OUT, if there is one.")
+    ] = None,
     device: Device = None,
     quiet: Quiet = False,
+    settings: Any = None,
 ) -> None:
-    """Train a model. Example: fastgen train ddpm --data mnist-5k --out runs/digits --steps 5000 --resume auto"""
-    from fastgen.backends import check_device, default_device
-    from fastgen.errors import UsageError
-    from fastgen.training.classifier import ClassifierRecipe
-    from fastgen.training.ddpm import DDPMRecipe
-    from fastgen.training.loop import TrainConfig, start_or_resume
+    """Train a model. SIGINT (Ctrl-C) and SIGTERM end it after the step, saved: exit codes 130 and 143.
 
-    recipes = {"ddpm": (DDPMRecipe, "mnist"), "classifier": (ClassifierRecipe, "digits")}
-    if recipe not in recipes:
-        raise UsageError(f"recipe: must be {' or '.join(recipes)}, not {recipe!r}")
-    kind, standard = recipes[recipe]
-    config = TrainConfig(
-        data=data, preset=preset or standard, steps=steps, batch_size=batch_size, lr=lr, cooldown=cooldown,
-        precision=precision, seed=seed, save_every=save_every,
-    )  # fmt: skip
-    check_device(device)
-    trainer = start_or_resume(kind(config, device or default_device()), config, out, resume)
+    Example: fastgen train ddpm --data mnist-5k --out runs/digits --steps 5000 --resume auto
+    """
+    from fastgen.training.stopping import Stopped, StopRequest
+
+    with StopRequest():
+        try:
+            trainer, last = _train(recipe, out, config, resume, device, quiet, settings)
+        except Stopped as stopped:
+            kept = "what was saved before stays; --resume auto goes on from there"
+            _fail(f"interrupted by {stopped}; {kept}", 128 + stopped.signal)
+    if trainer.stopped_by:
+        print(f"stopped after step {trainer.step}, saved in {last}; --resume auto goes on", file=sys.stderr)
+        raise SystemExit(128 + trainer.stopped_by)
+    best = trainer.validation.step
+    early = f"no new best for {trainer.validation.waited} validations; " if trainer.over else ""
+    found = f"{early}the best validation loss was at step {best}; " if best else ""
+    hint = f"draw from it with: fastgen sample {last} -n 16" if hasattr(trainer.recipe.model, "sampling") else f"{last}"
+    typer.echo(f"trained to step {trainer.step}; {found}{hint}")
+
+
+def _train(
+    recipe: str | None, out: Path, config: Path | None, resume: str | None, device: str | None, quiet: bool,
+    settings: dict[str, Any],
+) -> Any:  # fmt: skip
+    """The trainer and its last checkpoint."""
+    from fastgen.errors import UsageError
+    from fastgen.training.config import TrainConfig, read_config
+
+    before, values = read_config(config) if config else (None, {})
+    recipe = recipe or before
+    if "ema_decay" in settings:
+        settings["ema_decay"] = tuple(_numbers(settings["ema_decay"], float, "ema-decay", "0.9995,0.999"))
     try:
-        last = trainer.run(progress=False if quiet else None)
-    except KeyboardInterrupt:
-        raise UsageError(
-            f"interrupted at step {trainer.step}; --resume auto goes on from the newest checkpoint"
-        ) from None
-    hint = f"; draw from it with: fastgen sample {last} -n 16" if recipe == "ddpm" else f": {last}"
-    typer.echo(f"trained to step {trainer.step}{hint}")
+        made = TrainConfig(**values | settings)
+    except TypeError as error:
+        raise UsageError(f"config: {config} has a setting of the wrong kind ({error})") from None
+
+    from fastgen.backends import check_device, default_device  # torch, which takes a second
+    from fastgen.training.loop import start_or_resume
+    from fastgen.training.registry import RECIPES
+
+    if recipe not in RECIPES:
+        raise UsageError(f"recipe: must be {' or '.join(RECIPES)}, not {recipe!r}")
+    kind = RECIPES[recipe]
+    made = replace(made, preset=made.preset or kind.preset)
+    check_device(device)
+    trainer = start_or_resume(kind(made, device or default_device()), made, out, resume)
+    return trainer, trainer.run(progress=False if quiet else None)
 
 
 @app.command()

@@ -1,225 +1,317 @@
-"""The training loop that every recipe shares: AdamW, warm-up, clipping, EMA, checkpoints, resume.
+"""The training loop of every recipe: accumulation, autocast, clipping, AdamW, averages, validation, checkpoints.
 
-Everything random in step s is drawn after seeding with (seed, s), so a resumed run needs no
-generator state: step s is the same step whenever it runs.
+Everything random in step s is drawn after seeding with (seed, s), and batch k is a function of (seed, k), so a resumed
+run needs no generator's state: step s is the same step whenever it runs.
 """
 
 from __future__ import annotations
 
-import csv
+import contextlib
+import copy
 import math
-import shutil
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastgen.checkpoint import (
-    STEP_PREFIX,
-    atomic_directory,
-    checkpoints_of,
-    read_json,
-    read_tensors,
-    verify,
-    write_checkpoint,
-)
+from fastgen.checkpoint import checkpoints_of
 from fastgen.errors import UsageError
-from fastgen.models import FAMILIES
+from fastgen.training import run_folder
+from fastgen.training.config import TrainConfig
+from fastgen.training.data import Loader
+from fastgen.training.divergence import explain
+from fastgen.training.ema import EMA
+from fastgen.training.logs import Log
+from fastgen.training.recipes import Recipe
+from fastgen.training.seeding import derive_seed, seed_everything
+from fastgen.training.stopping import StopRequest
 
-LOG_EVERY = 100
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """The knobs of a run. Times are in steps; ``precision`` is "fp32" or "bf16" (autocast).
-
-    The learning rate rises over ``warmup`` steps, stays, and falls linearly to 0 over the last ``cooldown``.
-    """
-
-    data: str = "mnist-5k"
-    preset: str = "mnist"
-    steps: int = 10_000
-    batch_size: int = 128
-    lr: float = 1e-3
-    warmup: int = 500
-    cooldown: int = 0
-    weight_decay: float = 0.01
-    ema_decay: float = 0.9995
-    clip_norm: float = 1.0
-    precision: str = "fp32"
-    seed: int = 0
-    save_every: int = 1000
-    keep: int = 2
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "save_every", "keep"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name.replace('_', '-')}: must be at least 1, not {getattr(self, name)}")
-        if not 0 < self.lr < math.inf:
-            raise UsageError(f"lr: must be a number above 0, not {self.lr}")
-        if not 0 <= self.cooldown <= self.steps:
-            raise UsageError(f"cooldown: must be between 0 and steps, {self.steps}, not {self.cooldown}")
-        if self.precision not in ("fp32", "bf16"):
-            raise UsageError(f"precision: must be fp32 or bf16, not {self.precision!r}")
+CHECK_EVERY = 20  # steps between looks at whether all was finite, where a look waits for the device
+VALIDATION_IMAGES = 5000  # at most
+SMALLEST_SCALE = 2.0**-10  # of fp16's gradients: below it, it is not the scale
 
 
-def network_of(family: str, config: TrainConfig) -> Any:
-    """The network's configuration that ``config.preset`` names; UsageError, with the names, for an unknown one."""
-    presets = FAMILIES[family].presets
-    if config.preset not in presets:
-        raise UsageError(f"preset: unknown preset {config.preset!r}; choose one of {', '.join(presets)}")
-    return presets[config.preset]
+@dataclass
+class Validation:
+    """The least loss so far, the step it was at, and how many validations came after it."""
 
-
-class Recipe(Protocol):
-    """What a family brings to the loop: its network and the loss of one step."""
-
-    family: str
-    model: nn.Module
-
-    def loss(self, step: int) -> Tensor: ...
+    best: float | None = None
+    step: int = 0
+    waited: int = 0
 
 
 class Trainer:
-    """One run in the folder ``out``: `run()` trains from where the folder stands to ``config.steps``."""
+    """One run in the folder ``out``: `run` trains from where it stands to ``config.steps``.
+
+    After `run`, ``stopped_by`` is the number of the signal that ended it early, or None.
+    """
 
     def __init__(self, recipe: Recipe, config: TrainConfig, out: Path) -> None:
         self.recipe, self.config, self.out = recipe, config, out
-        self.params = dict(recipe.model.named_parameters())
-        self.ema = {k: p.detach().clone() for k, p in self.params.items()}
+        self.params = {k: p for k, p in recipe.model.named_parameters() if p.requires_grad}
+        self.device = next(iter(self.params.values())).device
+        self.network: nn.Module = torch.compile(recipe.model) if config.compile else recipe.model  # type: ignore[assignment]
+        weights = [p for p in self.params.values() if p.ndim > 1]
+        others = [p for p in self.params.values() if p.ndim <= 1]  # a bias or a norm is not pulled to 0
+        groups = [{"params": weights}, {"params": others, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(
-            self.params.values(), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True
-        )
+            [g for g in groups if g["params"]], lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay,
+            fused=True,
+        )  # fmt: skip
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
+        self.ema = EMA(self.params, config.ema_decay)
         self.step = 0
+        self.saved: int | None = None  # the step of the last checkpoint
+        self.finished = True  # whether what is due after this step (validation, a line of the log) is done
+        self.validation = Validation()
+        self.losses: list[Tensor] = []  # since the last line of the log
+        self.stopped_by: int | None = None
+        self.grad_norm = torch.zeros((), device=self.device)  # of the last step, before it was clipped
+        self._unchecked: list[Tensor] = []  # of the last steps, whether each was not finite
+        self._looks = 1 if self.device.type == "cpu" or self.scaler.is_enabled() else CHECK_EVERY
+        self._average: nn.Module | None = None
+
+    # The run
 
     def run(self, progress: bool | None = None, on_save: Callable[[Path], None] | None = None) -> Path:
-        """Trains to the end and returns the last checkpoint. ``progress`` None: a bar on a terminal only.
-        ``on_save`` is called with each checkpoint, once it is whole."""
-        model, config = self.recipe.model.train(), self.config
-        self.out.mkdir(parents=True, exist_ok=True)
-        bar = tqdm(
-            total=config.steps, initial=self.step, unit="step", disable=None if progress is None else not progress
-        )
-        losses, started, first = [], time.perf_counter(), self.step
-        with bar:
-            while self.step < config.steps:
-                losses.append(self._train_step(model))
-                self.step += 1
-                bar.update()
-                last = self.step == config.steps
-                saving = last or self.step % config.save_every == 0
-                if saving or self.step % LOG_EVERY == 0:  # looked at before saving: a NaN must not replace what is good
-                    rate = config.batch_size * (self.step - first) / (time.perf_counter() - started)
-                    loss = torch.stack(losses).mean().item()
-                    losses.clear()
-                    if not math.isfinite(loss):
-                        raise FloatingPointError(
-                            f"the loss became NaN or inf before step {self.step}; lower --lr or use --precision fp32"
-                        )
-                    bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s")
-                    self._log(loss, rate)
-                if saving:
-                    path = self.save()
-                    if on_save:
-                        on_save(path)
+        """Trains to the end, or to a signal, and returns the last checkpoint. ``progress`` None: a bar on a terminal
+        only. ``on_save`` is called with each checkpoint, once it is whole.
+
+        Raises FloatingPointError, with step, module and last good checkpoint, where a loss or a gradient is not finite;
+        OSError where a checkpoint cannot be written, which leaves the ones before.
+        """
+        self.recipe.model.train()
+        self.on_save = on_save
+        with contextlib.ExitStack() as stack:
+            stop = stack.enter_context(StopRequest())
+            stack.enter_context(run_folder.prepared(self.out, self.recipe.name, self.config))
+            log = stack.enter_context(Log(self.out, self.step, self.config))
+            self.loader = stack.enter_context(contextlib.closing(self._loader(self.step)))
+            bar = stack.enter_context(
+                tqdm(
+                    total=self.config.steps,
+                    initial=self.step,
+                    unit="step",
+                    disable=None if progress is None else not progress,
+                )
+            )
+            stop.waiting()
+            self._run(stop, log, bar)
+            self.stopped_by = stop.signal
         return checkpoints_of(self.out)[-1]
 
-    def _train_step(self, model: nn.Module) -> Tensor:
-        config = self.config
-        torch.manual_seed(config.seed * 1_000_003 + self.step)
-        left = config.steps - self.step
-        rise = min(1.0, (self.step + 1) / max(1, config.warmup))
-        fall = min(1.0, left / config.cooldown) if config.cooldown else 1.0
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.lr * min(rise, fall)
-        device = next(iter(self.params.values())).device.type
-        with torch.autocast(device, torch.bfloat16, enabled=config.precision == "bf16"):
-            loss = self.recipe.loss(self.step)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.params.values(), config.clip_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        # A short memory at first, so that the average forgets the random start.
-        decay = min(config.ema_decay, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.params.values()], 1 - decay)
-        return loss.detach()
+    def _run(self, stop: StopRequest, log: Log, bar: tqdm) -> None:
+        timer = Timer(self.config.batch_size * self.config.accumulate, self.step)
+        if not self.finished:
+            self._finish_step(stop, log, bar, timer)
+        while self.step < self.config.steps and not self.over and not stop.signal:
+            self._train_step()
+            self.step += 1
+            self.finished = False
+            bar.update()
+            self._finish_step(stop, log, bar, timer)
+        if self.saved != self.step:
+            self._check()
+            self.save()
 
-    def _log(self, loss: float, rate: float) -> None:
-        file = self.out / "log.csv"
-        new = not file.exists()
-        with open(file, "a", newline="") as f:
-            writer = csv.writer(f)
-            if new:
-                writer.writerow(["step", "loss", "images_per_s"])
-            writer.writerow([self.step, f"{loss:.5f}", f"{rate:.1f}"])
+    @property
+    def over(self) -> bool:
+        """Whether ``patience`` validations brought nothing better."""
+        return 0 < self.config.patience <= self.validation.waited
+
+    def _finish_step(self, stop: StopRequest, log: Log, bar: tqdm, timer: Timer) -> None:
+        """What is due after a step, in this order; a signal leaves the rest, from validation on, to the resumed run."""
+        config, last = self.config, self.step == self.config.steps
+        due = [
+            n and (last or self.step % n == 0) for n in (config.save_every, config.validate_every, config.sample_every)
+        ]
+        saving, validating, drawing = due
+        logging = last or self.step % config.log_every == 0 or validating
+        if saving or logging or drawing or len(self._unchecked) >= self._looks:
+            self._check()
+        loss = best = None
+        if validating:
+            loss = self.validate(stop)
+            best = loss is not None and self._judge(loss)
+        if drawing and not stop.signal:
+            self._draw()
+        if (validating or drawing) and stop.signal:
+            return
+        if logging:
+            self._log(log, bar, timer(self.step), loss)
+        self.finished = True
+        if saving or best or self.over:
+            self.save()
+
+    def _log(self, log: Log, bar: tqdm, rate: float, validation: float | None) -> None:
+        loss = torch.stack(self.losses).mean().item()
+        self.losses.clear()
+        shown = [f"loss {loss:.4f}", f"{rate:.0f} images/s"]
+        if validation is not None:
+            shown.insert(1, f"validation {validation:.4f}")
+        if damaged := self.loader.damaged:
+            shown.append(f"{len(damaged)} damaged")
+            run_folder.list_damaged(self.out, damaged)
+        bar.set_postfix_str(", ".join(shown))
+        log.write(
+            step=self.step, loss=loss, grad_norm=self.grad_norm.item(), lr=self.config.learning_rate(self.step - 1),
+            images_per_s=round(rate, 1), validation_loss=validation,
+        )  # fmt: skip
+
+    # One step
+
+    def _loader(self, step: int, workers: int | None = None) -> Loader:
+        config = self.config
+        return Loader(
+            self.recipe.data, config.batch_size, seed=derive_seed(config.seed, "order"), start=step * config.accumulate,
+            workers=config.workers if workers is None else workers, device=self.device,
+        )  # fmt: skip
+
+    def _losses(self, loader: Loader, step: int, network: nn.Module) -> Iterator[Tensor]:
+        """The loss of each batch of a step, all that is random in them drawn from the step's own seed."""
+        seed_everything(self.config.seed, "step", step)
+        for _ in range(self.config.accumulate):
+            images, labels = next(loader)
+            if self.config.augment:
+                images = self.recipe.augment(images)
+            with self._autocast():
+                loss = self.recipe.loss(network, images, labels)
+            yield loss / self.config.accumulate
+
+    def _autocast(self) -> torch.autocast:
+        low = torch.float16 if self.config.precision == "fp16" else torch.bfloat16
+        return torch.autocast(self.device.type, low, enabled=self.config.precision != "fp32")
+
+    def _train_step(self) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate(self.step)
+        loss = torch.zeros((), device=self.device)
+        for part in self._losses(self.loader, self.step, self.network):
+            self.scaler.scale(part).backward()
+            loss += part.detach()
+        self.scaler.unscale_(self.optimizer)
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.params.values(), self.config.clip_norm or math.inf)
+        # Where a step is not finite it is not taken, nor any after it until somebody looks: the weights stay good, and
+        # the step can be taken again to see why. The optimizer takes that as `found_inf`: nothing waits for the device.
+        # In fp16 gradients that overflow belong to the search for their scale.
+        bad = ~loss.isfinite() if self.scaler.is_enabled() else ~(loss + self.grad_norm).isfinite()
+        self._unchecked.append(torch.stack([*self._unchecked[-1:], bad]).any())
+        self.losses.append(loss)
+        if self._looks == 1:
+            self._check()
+        elif not self.scaler.is_enabled():
+            self.optimizer.found_inf = self._unchecked[-1].float()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.ema.update(self.step, skip=None if self._looks == 1 else self._unchecked[-1])
+
+    def _check(self) -> None:
+        """Waits for the device. Raises FloatingPointError for the first of the last steps that was not finite."""
+        bad = torch.stack(self._unchecked).tolist() if self._unchecked else []
+        self._unchecked.clear()
+        # Within a step its own number is still self.step.
+        if any(bad):
+            first = self.step - len(bad) + bad.index(True) + (self._looks == 1)
+            raise FloatingPointError(self._diverged(first))
+        if self.scaler.is_enabled() and self.scaler.get_scale() < SMALLEST_SCALE:
+            raise FloatingPointError(
+                f"step {self.step}: the gradients overflow in fp16 however they are scaled; {self._last_good()}; use "
+                "--precision bf16 or fp32"
+            )
+
+    def _diverged(self, step: int) -> str:
+        with contextlib.closing(self._loader(step, workers=0)) as loader:
+            where = explain(self.recipe.model, lambda: self._losses(loader, step, self.recipe.model))
+        return (
+            f"step {step + 1}: the loss or its gradient became NaN or inf; {where}; {self._last_good()}; lower --lr"
+            + ("" if self.config.precision == "fp32" else " or use --precision fp32")
+        )
+
+    def _last_good(self) -> str:
+        path = run_folder.newest(self.out)
+        return f"the last good checkpoint is {path}" if path else "there is no checkpoint yet"
+
+    # The average: what is validated, drawn from and saved
+
+    def average(self) -> nn.Module:
+        """The model with the first average of the weights, in evaluation mode; the same module at each call."""
+        if self._average is None:
+            self._average = copy.deepcopy(self.recipe.model).requires_grad_(False).eval()
+        with torch.no_grad():
+            own = dict(self._average.named_parameters())
+            for name, value in self.ema.averages[self.config.ema_decay[0]].items():
+                own[name].copy_(value)
+            for mine, its in zip(self._average.buffers(), self.recipe.model.buffers()):
+                mine.copy_(its)
+        return self._average
+
+    def validate(self, stop: StopRequest | None = None) -> float | None:
+        """The mean loss of the average on held-out images, the same noise each time; None if a signal came."""
+        config, total = self.config, 0.0
+        source = self.recipe.held_out
+        size = min(config.batch_size, len(source))
+        batches = min(len(source), VALIDATION_IMAGES) // size
+        network = self.average()
+        loader = Loader(source, size, seed=0, workers=config.workers, device=self.device, shuffle=False)
+        with contextlib.closing(loader), torch.no_grad(), self._autocast():
+            for i in range(batches):
+                if stop and stop.signal:
+                    return None
+                seed_everything(config.seed, "validation", i)
+                total += self.recipe.loss(network, *next(loader)).item()
+        return total / batches
+
+    def _judge(self, loss: float) -> bool:
+        """Takes note of a validation's loss; whether it is the best."""
+        if self.validation.best is None or loss < self.validation.best:
+            self.validation = Validation(loss, self.step)
+            return True
+        self.validation.waited += 1
+        return False
+
+    def _draw(self) -> None:
+        if (grid := self.recipe.grid(self.average())) is not None:
+            folder = self.out / "samples"
+            folder.mkdir(exist_ok=True)
+            grid.save(folder / f"{run_folder.name(self.step)}.png")
+
+    # Checkpoints
 
     def save(self) -> Path:
-        """Writes checkpoint ``step-<n>`` (the EMA as the model, the rest for `resume`) and drops old ones."""
-        state = {f"model.{k}": p for k, p in self.params.items()}
-        for (name, _), slot in zip(self.params.items(), self.optimizer.state_dict()["state"].values(), strict=True):
-            state |= {f"optimizer.{name}.{k}": v for k, v in slot.items()}
-        path = self.out / f"{STEP_PREFIX}{self.step:08d}"
-        with atomic_directory(path) as directory:
-            write_checkpoint(
-                directory,
-                self.recipe.model,
-                family=self.recipe.family,
-                preset=self.config.preset,
-                weights=self.ema,
-                extra_config={"training": {**asdict(self.config), "step": self.step}},
-                extra_files={"training.safetensors": state},
-            )
-        for old in checkpoints_of(self.out)[: -self.config.keep]:
-            shutil.rmtree(old)
+        """Writes checkpoint ``step-<n>`` (the average as the model, the rest for `resume`) and drops old ones."""
+        path = run_folder.write(self, keep_also=self.validation.step)
+        self.saved = self.step
+        if self.on_save:
+            self.on_save(path)
         return path
 
-    def resume(self, checkpoint: Path) -> None:
-        """Takes up a run where ``checkpoint`` left it; UsageError where it was made with other settings."""
-        verify(checkpoint)
-        saved: dict[str, Any] = read_json(checkpoint / "config.json").get("training", {})
-        step = saved.pop("step", None)
-        if step is None:
-            raise UsageError(f"resume: {checkpoint} holds no training state; it can only be sampled from")
-        now = asdict(self.config)
-        free = ["save_every", "keep"]  # these change no step already taken
-        begun = [c for c in (saved, now) if step > c.get("steps", 0) - c.get("cooldown", 0)]
-        if not begun:  # nor do these, before any cooldown
-            free += ["steps", "cooldown"]
-        differing = [
-            f"{k} {saved.get(k)!r} there, {v!r} now" for k, v in now.items() if k not in free and saved.get(k) != v
-        ]
-        if differing:
-            raise UsageError(f"resume: {checkpoint} was made with other settings: {'; '.join(differing)}")
-        state = read_tensors(checkpoint / "training.safetensors")
-        self.recipe.model.load_state_dict(
-            {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
-        )
-        for k, v in read_tensors(checkpoint / "model.safetensors").items():
-            self.ema[k].copy_(v)
-        slots = {}
-        for i, (name, p) in enumerate(self.params.items()):
-            slot = {k.rsplit(".", 1)[1]: v for k, v in state.items() if k.startswith(f"optimizer.{name}.")}
-            # A file knows no memory layout, and the fused optimizer walks parameter and moments side by side in memory.
-            slots[i] = {k: torch.empty_like(p).copy_(v) if v.shape == p.shape else v for k, v in slot.items()}
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})
-        self.step = step
+
+class Timer:
+    """Images a second since the last call."""
+
+    def __init__(self, images: int, step: int) -> None:
+        self.images, self.step, self.at = images, step, time.perf_counter()
+
+    def __call__(self, step: int) -> float:
+        now, before = time.perf_counter(), self.at
+        rate = self.images * (step - self.step) / max(now - before, 1e-9)
+        self.step, self.at = step, now
+        return rate
 
 
 def start_or_resume(recipe: Recipe, config: TrainConfig, out: Path, resume: str | None) -> Trainer:
-    """A Trainer at the right step: fresh, or from the newest checkpoint in ``out`` with resume="auto"."""
+    """A Trainer at the right step: fresh, or from the newest whole checkpoint in ``out`` with resume="auto"."""
     if resume not in (None, "auto"):
         raise UsageError(f"resume: must be 'auto' or left out, not {resume!r}")
-    if any(place.exists() and not place.is_dir() for place in (out, *out.parents)):
-        raise UsageError(f"out: {out} is, or lies in, a file; give a folder, which is created where it does not exist")
-    existing = checkpoints_of(out) if out.is_dir() else []
+    existing = run_folder.check(out)
     if existing and resume is None:
         raise UsageError(f"out: {out} already holds a run; give --resume auto to go on with it, or another folder")
     trainer = Trainer(recipe, config, out)
     if existing:
-        trainer.resume(existing[-1])
+        run_folder.restore(trainer, run_folder.newest_verified(out))
     return trainer
