@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ from fastgen.diffusion.schedules import DiffusionConfig
 from fastgen.models.unet import PRESETS, UNet
 from fastgen.recipe import png_info, read_recipe
 from fastgen.training import data, loop
+from fastgen.training.config import TrainConfig
+from fastgen.training.ddpm import DDPMRecipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -47,8 +49,9 @@ OPTIONS = {
         "--device", "--json", "-q", "--quiet", "--help",
     ],
     "train": [
-        "recipe", "--out", "--data", "--preset", "--steps", "--batch-size", "--lr", "--cooldown", "--precision",
-        "--seed", "--save-every", "--resume", "--device", "-q", "--quiet", "--help",
+        "recipe", "--out", "--config", "--resume", "--device", "-q", "--quiet", "--help",
+        *(f"--{field.name.replace('_', '-')}" for field in fields(TrainConfig)),
+        *(f"--no-{field.name}" for field in fields(TrainConfig) if field.type == "bool"),
     ],
     "models": ["--json", "--help"],
     "doctor": ["--json", "--help"],
@@ -492,7 +495,7 @@ def test_full_disk_in_training(run: Any, here: Path, pictures: None, monkeypatch
     monkeypatch.setattr(checkpoint, "save_file", full)
     arguments = ["train", "ddpm", "--out", "run", "--preset", "tiny", "--steps", 1, "--batch-size", 2, "-q"]
     assert_refused(run(*arguments), "error: no room left on the disk: ")
-    assert os.listdir("run") == ["log.csv"]
+    assert sorted(os.listdir("run")) == [".lock", "config.json", "log.csv"]
 
 
 TINY_DISK = """
@@ -599,8 +602,9 @@ def test_interrupted(run: Any, tiny: Path, here: Path, pictures: None, monkeypat
     monkeypatch.setattr(UNet, "forward", stop)
     assert run("sample", tiny, "-q") == Result(2, "", "error: interrupted\n") and os.listdir(here) == []
     train = ["train", "ddpm", "--preset", "tiny", "--out", "run", "-q"]
-    said = "error: interrupted at step 0; --resume auto goes on from the newest checkpoint\n"
-    assert run(*train) == Result(2, "", said) and os.listdir("run") == []
+    monkeypatch.setattr(DDPMRecipe, "__init__", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    said = "error: interrupted by SIGINT; what was saved before stays; --resume auto goes on from there\n"
+    assert run(*train) == Result(130, "", said) and os.listdir(here) == []
     monkeypatch.setattr(metrics, "evaluate", stop)
     assert run("evaluate", tiny) == Result(2, "", "error: interrupted\n")
 
@@ -636,7 +640,7 @@ def test_train_then_sample(run: Any, here: Path, pictures: None) -> None:
     arguments = ["train", "ddpm", "--out", "run", "--preset", "tiny", "--batch-size", 4, "--save-every", 2, "-q"]
     result = run(*arguments, "--steps", 3)
     assert result == Result(0, "trained to step 3; draw from it with: fastgen sample run/step-00000003 -n 16\n", "")
-    assert sorted(os.listdir("run")) == ["log.csv", "step-00000002", "step-00000003"]
+    assert sorted(os.listdir("run")) == [".lock", "config.json", "log.csv", "step-00000002", "step-00000003"]
     for name in ("run", "run/step-00000002"):
         assert run("sample", name, "--steps", 2, "-q").code == 0
     assert_refused(run(*arguments, "--steps", 5), "out: run already holds a run; give --resume auto")
@@ -646,8 +650,8 @@ def test_train_then_sample(run: Any, here: Path, pictures: None) -> None:
 
 def test_train_a_classifier(run: Any, here: Path, pictures: None) -> None:
     arguments = ["train", "classifier", "--out", "run", "--preset", "digits-tiny", "--batch-size", 4, "-q"]
-    assert run(*arguments, "--steps", 2) == Result(0, "trained to step 2: run/step-00000002\n", "")
-    assert run(*arguments, "--steps", 3, "--resume", "auto").out == "trained to step 3: run/step-00000003\n"
+    assert run(*arguments, "--steps", 2) == Result(0, "trained to step 2; run/step-00000002\n", "")
+    assert run(*arguments, "--steps", 3, "--resume", "auto").out == "trained to step 3; run/step-00000003\n"
     model = fastgen.load("run")
     assert type(model).__name__ == "Classifier" and model(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
     assert_refused(run("sample", "run"), "this Classifier has no diffusion, sampling")
@@ -658,15 +662,71 @@ def test_train_a_classifier(run: Any, here: Path, pictures: None) -> None:
 def test_presets_by_default(
     run: Any, here: Path, pictures: None, recipe: str, preset: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def spy(found: Any, config: loop.TrainConfig, *args: object) -> None:
-        assert config == loop.TrainConfig(preset=preset) and found.config is config
+    def spy(found: Any, config: TrainConfig, *args: object) -> None:
+        assert config == TrainConfig(preset=preset) and found.config is config
         raise fastgen.UsageError(f"out: a {type(found.model).__name__}")
 
     monkeypatch.setattr(loop, "start_or_resume", spy)
     assert_refused(run("train", recipe, "--out", "run"), "a UNet" if recipe == "ddpm" else "a Classifier")
 
 
+def test_a_config_makes_the_same_run(run: Any, here: Path, pictures: None) -> None:
+    given = [
+        "--preset",
+        "tiny",
+        "--batch-size",
+        4,
+        "--steps",
+        3,
+        "--ema-decay",
+        "0.5,0.9",
+        "--no-augment",
+        "--lr",
+        0.01,
+    ]
+    assert run("train", "ddpm", "--out", "a", *given, "-q").code == 0
+    assert run("train", "--config", "a/config.json", "--out", "b", "-q").code == 0
+    for name in ("model.safetensors", "training.safetensors"):
+        assert Path("a/step-00000003", name).read_bytes() == Path("b/step-00000003", name).read_bytes()
+    assert json.loads(Path("b/config.json").read_text()) == json.loads(Path("a/config.json").read_text())
+    assert run("train", "--config", "a/config.json", "--out", "c", "--steps", 2, "-q").out.startswith(
+        "trained to step 2;"
+    )
+    assert json.loads(Path("c/config.json").read_text())["settings"]["ema_decay"] == [0.5, 0.9]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "config: there is no file config.json"),
+        ("{", "config: config.json is no config.json of a training run"),
+        ("[]", "config: config.json is no config.json of a training run"),
+        ('{"recipe": "ddpm"}', "config: config.json is no config.json of a training run"),
+        ('{"recipe": "ddpm", "settings": {"colour": 1}}', "settings that this fastgen does not know: colour"),
+        ('{"recipe": "ddpm", "settings": {"steps": "many"}}', "config: config.json has a setting of the wrong kind"),
+        ('{"recipe": "gan", "settings": {}}', "recipe: must be ddpm or classifier, not 'gan'"),
+    ],
+)
+def test_wrong_config(run: Any, here: Path, content: str | None, words: str) -> None:
+    if content is not None:
+        Path("config.json").write_text(content)
+    assert_refused(run("train", "--config", "config.json", "--out", "run", "-q"), words)
+    assert not Path("run").exists()
+
+
+def test_early_stopping_is_said(run: Any, here: Path, pictures: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = iter([1.0, 2.0])
+    monkeypatch.setattr(loop.Trainer, "validate", lambda self, stop=None: next(losses))
+    arguments = ["--preset", "tiny", "--batch-size", 2, "--validate-every", 1, "--patience", 1, "--steps", 9, "-q"]
+    said = (
+        "trained to step 2; no new best for 1 validations; the best validation loss was at step 1; draw from it with: "
+    )
+    assert run("train", "ddpm", "--out", "run", *arguments).out.startswith(said)
+
+
 TRAIN: list[tuple[list[object], str]] = [
+    (["--out", "run"], "recipe: must be ddpm or classifier, not None"),
+    (["ddpm", "--out", "run", "--ema-decay", "much"], "ema-decay: must be numbers separated by commas"),
     (["gan", "--out", "run"], "recipe: must be ddpm or classifier, not 'gan'"),
     (
         ["classifier", "--out", "run", "--preset", "tiny"],
@@ -677,12 +737,12 @@ TRAIN: list[tuple[list[object], str]] = [
     (["ddpm"], "--out"),
     (["ddpm", "--out", "run", "--data", "cifar"], "data"),
     (["ddpm", "--out", "run", "--preset", "huge"], "preset: unknown preset 'huge'; choose one of tiny, mnist"),
-    (["ddpm", "--out", "run", "--preset", "cifar10"], "preset: cifar10 takes 3 channels"),
+    (["ddpm", "--out", "run", "--preset", "cifar10"], "preset: takes 3 channels"),
     (["ddpm", "--out", "run", "--steps", 0], "steps: must be at least 1"),
     (["ddpm", "--out", "run", "--batch-size", 0], "batch-size: must be at least 1"),
     (["ddpm", "--out", "run", "--save-every", 0], "save-every: must be at least 1"),
     (["ddpm", "--out", "run", "--cooldown", -1], "cooldown: "),
-    (["ddpm", "--out", "run", "--precision", "fp8"], "precision: must be fp32 or bf16"),
+    (["ddpm", "--out", "run", "--precision", "fp8"], "precision: must be fp32, bf16 or fp16"),
     (["ddpm", "--out", "run", "--lr", -1], "lr: "),
     (["ddpm", "--out", "run", "--resume", "latest"], "resume: must be 'auto'"),
     (["ddpm", "--out", "run", "--device", "quantum"], "device: "),
@@ -938,7 +998,13 @@ def test_help(run: Any, verb: str) -> None:
 
 
 # What has no default to name: left out, it is not done.
-WITHOUT_DEFAULT = {("sample", "image"), ("replay", "output"), ("train", "resume")}
+WITHOUT_DEFAULT = {
+    ("sample", "image"),
+    ("replay", "output"),
+    ("train", "resume"),
+    ("train", "config"),
+    ("train", "data_root"),
+}
 
 
 @pytest.mark.parametrize("verb", OPTIONS)

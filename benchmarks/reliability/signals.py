@@ -3,11 +3,13 @@ the resumed run ends bit for bit as one that was left alone.
 
     python -m benchmarks.reliability.signals [--random 20] [--seed 0]
 
-Each trial is a fork of this process, which has imported torch and computed nothing; so it must have a single thread.
+Each trial is a fork of this process, which has a single thread.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import random
@@ -16,7 +18,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,14 +53,20 @@ def command(data: Path, out: Path, prepare: Callable[[], None] = lambda: None) -
         null = os.open(os.devnull, os.O_RDWR)
         os.dup2(null, 1)
         os.dup2(null, 2)
-        os.setpgid(0, 0)
-        sys.argv = ["fastgen", "train", "ddpm", *map(str, ["--data", data, "--out", out, *ARGUMENTS])]
         prepare()
-        cli.main()
-    except SystemExit as exit:
-        code = exit.code if isinstance(exit.code, int) else 0 if exit.code is None else 71
+        code = train(data, out)
     finally:
         os._exit(code)
+
+
+def train(data: Path, out: Path) -> int:
+    """`fastgen train` in this process; its exit code."""
+    sys.argv = ["fastgen", "train", "ddpm", *map(str, ["--data", data, "--out", out, *ARGUMENTS])]
+    try:
+        cli.main()
+    except SystemExit as exit:
+        return exit.code if isinstance(exit.code, int) else bool(exit.code)
+    return 0
 
 
 def wait(pid: int) -> int:
@@ -106,10 +114,10 @@ def signalled(phase: str, number: int) -> Callable[[], None]:
 SAVED = {"set-up": None, "step": 3, "evaluation": 3, "drawing": 3, "save": 2, "twice": 2}
 
 
-def in_every_phase(data: Path, folder: Path, whole: dict[str, Any]) -> tuple[int, list[str]]:
-    """Trials and failures: SIGINT and SIGTERM in each of PHASES."""
+def in_phases(data: Path, folder: Path, whole: dict[str, Any], phases: Sequence[str]) -> tuple[int, list[str]]:
+    """Trials and failures: SIGINT and SIGTERM in each of the phases."""
     failures = []
-    for phase in PHASES:
+    for phase in phases:
         for number in NUMBERS:
             out = folder / f"{phase}-{number}"
             what = f"{signal.Signals(number).name} in {phase}"
@@ -121,7 +129,7 @@ def in_every_phase(data: Path, folder: Path, whole: dict[str, Any]) -> tuple[int
             if there != expected:
                 failures.append(f"{what}: the newest checkpoint is {there}, not {expected}")
             failures += [f"{what}: {wrong}" for wrong in goes_on(data, out, whole)]
-    return len(PHASES) * len(NUMBERS), failures
+    return len(phases) * len(NUMBERS), failures
 
 
 def goes_on(data: Path, out: Path, whole: dict[str, Any]) -> list[str]:
@@ -161,21 +169,23 @@ def at_random(
     return count, reached, failures
 
 
-def check(random_trials: int, seed: int = 0) -> dict[str, Any]:
+def check(random_trials: int, seed: int = 0, phases: Sequence[str] = PHASES) -> dict[str, Any]:
     """Counts and failures of all of it."""
     torch.set_num_threads(1)
     ddpm.GRID = 2  # pictures drawn while it trains
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         data = resume.pictures(folder / "pictures")
+        with contextlib.redirect_stdout(io.StringIO()):
+            train(data, folder / "first")  # in this process, so that the forks have everything imported
         started = time.perf_counter()
         if code := wait(command(data, folder / "whole")):
             return {"phases": 0, "random": 0, "reached": 0, "failures": [f"left alone, the run ended with {code}"]}
         seconds = time.perf_counter() - started
         whole = resume.result(folder / "whole")
-        phases, failures = in_every_phase(data, folder, whole)
+        in_time, failures = in_phases(data, folder, whole, phases)
         trials, reached, more = at_random(data, folder, whole, seconds, random_trials, seed)
-    return {"phases": phases, "random": trials, "reached": reached, "failures": failures + more}
+    return {"phases": in_time, "random": trials, "reached": reached, "failures": failures + more}
 
 
 def main(
