@@ -9,6 +9,7 @@ what `random_affine` fills in), and of an animation the first frame is taken. Co
 
 from __future__ import annotations
 
+import functools
 import warnings
 from pathlib import Path
 from typing import BinaryIO
@@ -16,6 +17,8 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
+# Some of what else Pillow reads runs other programs (EPS), or has no pixels of its own.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA")
 SUFFIXES = (
     "avif",
     "bmp",
@@ -41,9 +44,16 @@ def decode(file: Path | str | BinaryIO, channels: int, size: int) -> np.ndarray:
     of its exceptions are many, and depend on the format."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of bad metadata and many pixels, of which Pillow reads on
-        with Image.open(file) as image:
+        with Image.open(file, formats=formats()) as image:
             image.draft(None, (2 * size, 2 * size))  # of a large JPEG an eighth, say, is decoded, never less than this
             return fit(image, channels, size)
+
+
+@functools.cache
+def formats() -> tuple[str, ...]:
+    """Those of FORMATS that this build of Pillow reads."""
+    Image.init()
+    return tuple(f for f in FORMATS if f in Image.OPEN)
 
 
 def fit(image: Image.Image, channels: int, size: int) -> np.ndarray:

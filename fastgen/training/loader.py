@@ -124,10 +124,7 @@ class Loader:
         if isinstance(pictures, str):
             raise UsageError(pictures)
         images, labels, damaged = pictures
-        for path, reason in damaged:
-            if self.source.strict:
-                raise UsageError(f"data: {path} is damaged ({reason}); mend or remove it, or leave out --strict")
-            self.source.damaged[path] = reason
+        self.source.damaged.update(damaged)
         x, y = (self._on_device(torch.from_numpy(a)) for a in (images, labels))
         return Batch(x.float().div_(127.5).sub_(1), y)
 

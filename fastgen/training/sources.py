@@ -19,6 +19,8 @@ from fastgen.training.folder_index import classes_of, index_folder
 from fastgen.training.index_cache import Index
 from fastgen.training.shard_index import NO_LABEL, index_shards
 
+MOST_DAMAGED = 10_000  # one after another, before a source counts as one without images
+
 
 class Pictures(NamedTuple):
     """images: uint8 [N, C, S, S]; labels: int64 [N]; damaged: path and reason of what was met and replaced."""
@@ -32,26 +34,26 @@ class Source(Protocol):
     """Images by number, from 0, as a network takes them.
 
     classes: their names, None where there are none. damaged: path -> reason, of the images that a `Loader` met so far;
-    each was replaced by the next good one. With ``strict`` a Loader stops at the first.
+    each was replaced by the next good one. A strict source raises at the first instead.
     """
 
     name: str
     classes: tuple[str, ...] | None
     damaged: dict[str, str]
-    strict: bool
     in_memory: bool
 
     def __len__(self) -> int: ...
 
     def take(self, indices: np.ndarray) -> Pictures:
-        """The images of these numbers [N], each in 0..len-1. Raises UsageError where none is left that decodes."""
+        """The images of these numbers [N], each in 0..len-1. Raises UsageError where none is left that decodes, and, if
+        strict, where one does not."""
         ...
 
 
 class Held:
     """A source in memory: images uint8 [N, C, H, W], resized to what the network takes, and labels int64 [N]."""
 
-    in_memory, strict = True, False
+    in_memory = True
 
     def __init__(self, name: str, images: Tensor, labels: Tensor, classes: tuple[str, ...], image_size: int) -> None:
         if images.shape[-1] != image_size:
@@ -78,7 +80,8 @@ class Held:
 class Decoded:
     """A source of which each image is decoded when it is asked for.
 
-    In the place of an image that does not decode comes the next one that does, by number, after the last the first.
+    In the place of an image that does not decode comes the next one that does, by number, after the last the first;
+    where MOST_DAMAGED in a row do not, that is an error.
     """
 
     in_memory = False
@@ -88,7 +91,7 @@ class Decoded:
     ) -> None:
         self.name, self.classes, self.strict, self.damaged = name, classes, strict, dict[str, str]()
         self.channels, self.image_size = channels, image_size
-        self._bad: dict[int, tuple[str, str]] = {}  # met in this process
+        self._bad: dict[int, str] = {}  # met in this process
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -109,15 +112,18 @@ class Decoded:
         images = np.empty((len(indices), self.channels, self.image_size, self.image_size), np.uint8)
         labels, damaged = np.zeros(len(indices), np.int64), dict[str, str]()
         for row, i in enumerate(indices.tolist()):
-            for _ in range(len(self)):
+            for _ in range(min(len(self), MOST_DAMAGED)):
                 if self._read(i, images[row]):
                     break
-                damaged.update([self._bad[i]])
+                place, why = self.place(i), self._bad[i]
+                damaged[place] = why
+                if self.strict:
+                    raise UsageError(f"data: {place} is damaged ({why}); mend or remove it, or leave out --strict")
                 i = (i + 1) % len(self)
             else:
-                place, reason = self._bad[i]
+                many = "none" if len(self) <= MOST_DAMAGED else f"none of {MOST_DAMAGED:,} in a row"
                 raise UsageError(
-                    f"data: none of the {len(self)} images of {self.name} can be read ({place}: {reason}); give others"
+                    f"data: of the {len(self):,} images of {self.name} {many} can be read ({place}: {why})"
                 )
             labels[row] = self.label(i)
         return Pictures(images, labels, list(damaged.items()))
@@ -127,7 +133,7 @@ class Decoded:
             try:
                 out[:] = self.read(i)
             except Exception as error:  # Pillow's readers raise whatever a damaged file makes them stumble over
-                self._bad[i] = (self.place(i), reason(error))
+                self._bad[i] = reason(error)
         return i not in self._bad
 
 
