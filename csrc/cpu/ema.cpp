@@ -7,9 +7,8 @@
 namespace fastgen {
 namespace {
 
-constexpr int64_t kBlock = 1024;   // elements of p that stay in the nearest cache for all averages
-constexpr int64_t kPiece = 65536;  // elements that a thread takes at once
-constexpr int64_t kAhead = 512;    // elements that are asked of the memory ahead of their use
+constexpr int64_t kBlock = 1024;     // elements of p that stay in the nearest cache for all averages
+constexpr int64_t kPiece = 65536;    // elements that a thread takes at once
 constexpr int64_t kAlone = 1 << 22;  // updates that one thread makes by itself: waking another may take longer
 
 struct Ema {
@@ -26,15 +25,8 @@ struct Ema {
     const bool near = std::abs(w) < T(0.5);
     const T factor = near ? w : w - T(1);
     const T* base = near ? e : p;
-    constexpr int64_t kLine = 64 / sizeof(T);
-    int64_t i = 0;
-    for (; i + kLine <= n; i += kLine) {
-      __builtin_prefetch(p + i + kAhead, 0);
-      __builtin_prefetch(e + i + kAhead, 1);
 #pragma omp simd
-      for (int64_t l = i; l < i + kLine; ++l) e[l] = product_sum<kIsa>(factor, p[l] - e[l], base[l]);
-    }
-    for (; i < n; ++i) e[i] = product_sum<kIsa>(factor, p[i] - e[i], base[i]);
+    for (int64_t i = 0; i < n; ++i) e[i] = product_sum<kIsa>(factor, p[i] - e[i], base[i]);
   }
 
   template <Isa kIsa, typename T>
