@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
+from benchmarks import training_rows
 from benchmarks.harness import Bench, Column, CpuTimer, Truth, gate, measure, run_row, truth
 from benchmarks.op_rows import OPS, OpCall, module_of, op_row
 from benchmarks.record import Cell, Record, Row
@@ -155,6 +156,42 @@ def test_rows_of_a_gpu(bench, monkeypatch):
     assert {"eager", "launches", "auto", "loop graph"} <= set(sampling.columns)
     for row in (sampling, training):
         assert {c.status for c in row.columns.values()} == {"ok"} and not row.broken()
+
+
+def test_the_averages(bench):
+    """Every way to keep averages gives them, and one that gives others gets no speed."""
+    row = training_rows.ema_row("tiny", 2, bench)
+    assert list(row.columns) == ["eager", "foreach", "AveragedModel", "auto"]
+    assert all(cell.status == "ok" and cell.ms for cell in row.columns.values())
+
+
+def test_wrong_averages_get_no_speed(bench, monkeypatch):
+    monkeypatch.setattr(training_rows, "LATE", 3)  # while the decay is still another
+    row = training_rows.ema_row("tiny", 1, bench)
+    assert row.columns["auto"].status == "FAIL" and row.columns["auto"].ms is None
+
+
+def test_the_loop_and_the_bare_loop_take_turns(monkeypatch):
+    clock, order = FakeClock(), []
+    monkeypatch.setattr(training_rows.time, "perf_counter", clock)
+
+    class Recipe:
+        family, images = "unet", torch.zeros(1)
+
+        def loss(self, step):
+            order.append("trainer")
+            clock.now += 3.0
+
+    class Bare:
+        def run(self, steps):
+            order.extend(["bare"] * steps)
+            clock.now += 2.0 * steps
+
+    alternating = training_rows.Alternating(Recipe(), Bare(), block=2)
+    for step in range(5):
+        alternating.loss(step)
+    assert order == ["bare", "bare", "trainer", "trainer"] * 2 + ["bare", "bare", "trainer"]
+    assert alternating.samples == {"eager": [2.0] * 3, "auto": [3.0] * 2} and alternating.family == "unet"
 
 
 def test_the_record(tmp_path):

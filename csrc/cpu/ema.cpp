@@ -7,9 +7,9 @@
 namespace fastgen {
 namespace {
 
-constexpr int64_t kBlock = 1024;   // elements of p that stay in the nearest cache for all averages
-constexpr int64_t kPiece = 65536;  // elements that a thread takes at once
-constexpr int64_t kAhead = 512;    // elements that are asked of the memory ahead of their use
+constexpr int64_t kBlock = 1024;     // elements of p that stay in the nearest cache for all averages
+constexpr int64_t kPiece = 65536;    // elements that a thread takes at once
+constexpr int64_t kAlone = 1 << 22;  // updates that one thread makes by itself: waking another may take longer
 
 struct Ema {
   // p, and each of the averages e[k] for w[k]: elements begin to end. Block by block, so that p comes from memory once.
@@ -25,15 +25,8 @@ struct Ema {
     const bool near = std::abs(w) < T(0.5);
     const T factor = near ? w : w - T(1);
     const T* base = near ? e : p;
-    constexpr int64_t kLine = 64 / sizeof(T);
-    int64_t i = 0;
-    for (; i + kLine <= n; i += kLine) {
-      __builtin_prefetch(p + i + kAhead, 0);
-      __builtin_prefetch(e + i + kAhead, 1);
 #pragma omp simd
-      for (int64_t l = i; l < i + kLine; ++l) e[l] = product_sum<kIsa>(factor, p[l] - e[l], base[l]);
-    }
-    for (; i < n; ++i) e[i] = product_sum<kIsa>(factor, p[i] - e[i], base[i]);
+    for (int64_t i = 0; i < n; ++i) e[i] = product_sum<kIsa>(factor, p[i] - e[i], base[i]);
   }
 
   template <Isa kIsa, typename T>
@@ -55,13 +48,16 @@ void update(const std::vector<Tensor>& params, const std::vector<Tensor>& averag
     for (int64_t k = 0; k < count; ++k) e[i * count + k] = out<T>(averages[k * tensors + i]);
     first[i + 1] = first[i] + params[i].numel();
   }
-  take_turns((first.back() + kPiece - 1) / kPiece, [&](int64_t piece) {
+  const auto take = [&](int64_t piece) {
     const int64_t begin = piece * kPiece, end = std::min(begin + kPiece, first.back());
     for (int64_t i = std::upper_bound(first.begin(), first.end(), begin) - first.begin() - 1; first[i] < end; ++i) {
       multiversion<Ema>(p[i], static_cast<T* const*>(&e[i * count]), weights.data(), count,
                         std::max(begin, first[i]) - first[i], std::min(end, first[i + 1]) - first[i]);
     }
-  });
+  };
+  const int64_t pieces = (first.back() + kPiece - 1) / kPiece;
+  if (first.back() * count >= kAlone) return take_turns(pieces, take);
+  for (int64_t piece = 0; piece < pieces; ++piece) take(piece);
 }
 
 // params, fp32 or fp64, all alike and without gaps; averages: one after the other, each like its parameter in memory

@@ -124,7 +124,7 @@ def _foreach(params: list[Tensor], averages: list[Tensor], weight: float, skip: 
     for dtype in {e.dtype for e in averages}:
         chosen = [e for e in averages if e.dtype == dtype]
         steps = torch._foreach_sub([p for p in params if p.dtype == dtype], chosen)
-        torch._foreach_mul_(steps, torch.where(skip, 0.0, weight).to(dtype))
+        torch._foreach_mul_(steps, skip.logical_not().to(dtype) * weight)
         torch._foreach_add_(chosen, steps)
 
 

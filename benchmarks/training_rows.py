@@ -1,0 +1,201 @@
+"""The rows of training around the network: the averages of the parameters, and what the loop adds to a step."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from benchmarks.harness import DTYPES, Bench, Column, Truth, Work, errors, nbytes, run_row, truth
+from benchmarks.model_rows import unet
+from benchmarks.record import Cell, Row
+from fastgen.training.ddpm import DDPMRecipe
+from fastgen.training.ema import EMA
+from fastgen.training.loop import TrainConfig, Trainer
+
+DECAYS = (0.9999, 0.9995, 0.999, 0.99)
+COUNTS = (1, 2, 4)
+LATE = 10**6  # a step at which the memory is long
+BATCH, BLOCK, BLOCKS = 32, 5, 12  # of the loop: images, steps in a row, blocks; the first is not counted
+
+
+# The averages
+
+
+def ema_row(preset: str, count: int, bench: Bench) -> Row:
+    """One update of ``count`` averages. Every way has averages of its own, which begin away from the parameters."""
+    model = unet(preset).to(device=bench.device, memory_format=torch.channels_last).requires_grad_(False)
+    params = dict(model.named_parameters())
+    generator = torch.Generator().manual_seed(0)
+    for p in params.values():  # none is 0, or an average would go through numbers that are slow to compute with
+        p.copy_(torch.randn(p.shape, generator=generator))
+    size = sum(p.numel() for p in params.values())
+    row = Row("ema", f"{preset} ({size / 1e6:.3g} M)-{count} decays", "fp32", bench.device, "update")
+    row.bytes = (1 + 2 * count) * nbytes(*params.values())
+    row.limit_ms = bench.limit_ms(Work(row.bytes), "fp32")
+    decays = DECAYS[:count]
+    starts = [[p * (2 + d) for p in params.values()] for d in decays]
+    reference = [
+        d * e.double() + (1 - d) * p.double()
+        for d, each in zip(decays, starts, strict=True)
+        for e, p in zip(each, params.values(), strict=True)
+    ]
+    lerped = [
+        e.lerp(p, 1 - d)
+        for d, each in zip(decays, starts, strict=True)
+        for e, p in zip(each, params.values(), strict=True)
+    ]
+    right = truth(reference, errors(lerped, reference), DTYPES["fp32"])
+    columns = [
+        _column(name, way(model, params, decays), starts, right)
+        for name, way in {"eager": _loop, "foreach": _foreach, "AveragedModel": _averaged_model, "auto": _ours}.items()
+    ]
+    return run_row(row, columns, bench.timer, bench.seconds)
+
+
+Update = tuple[list[list[Tensor]], Callable[[], None]]  # averages, [decays][params], and what updates them
+
+
+def _column(name: str, update: Update, starts: list[list[Tensor]], right: Truth) -> Column:
+    averages, call = update
+
+    def check() -> list[Tensor]:
+        for each, begin in zip(averages, starts, strict=True):
+            torch._foreach_copy_(each, begin)
+        call()
+        return [e.clone() for each in averages for e in each]
+
+    return Column(name, call, check, right, torch.no_grad, ours=name == "auto")
+
+
+def _loop(model: torch.nn.Module, params: dict[str, Tensor], decays: tuple[float, ...]) -> Update:
+    averages = [[p.clone() for p in params.values()] for _ in decays]
+
+    def call() -> None:
+        for d, each in zip(decays, averages, strict=True):
+            for e, p in zip(each, params.values(), strict=True):
+                e.lerp_(p, 1 - d)
+
+    return averages, call
+
+
+def _foreach(model: torch.nn.Module, params: dict[str, Tensor], decays: tuple[float, ...]) -> Update:
+    averages = [[p.clone() for p in params.values()] for _ in decays]
+
+    def call() -> None:
+        for d, each in zip(decays, averages, strict=True):
+            torch._foreach_lerp_(each, list(params.values()), 1 - d)
+
+    return averages, call
+
+
+def _averaged_model(model: torch.nn.Module, params: dict[str, Tensor], decays: tuple[float, ...]) -> Update:
+    models = [AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(d)) for d in decays]
+    for m in models:
+        m.n_averaged.fill_(1)  # the first update only copies
+
+    def call() -> None:
+        for m in models:
+            m.update_parameters(model)
+
+    return [list(m.module.parameters()) for m in models], call
+
+
+def _ours(model: torch.nn.Module, params: dict[str, Tensor], decays: tuple[float, ...]) -> Update:
+    ema = EMA(params, decays)
+    return [list(each.values()) for each in ema.averages.values()], partial(ema.update, LATE)
+
+
+# The loop
+
+
+def loop_row(bench: Bench, blocks: int, block: int) -> Row:
+    """A step of the Trainer, and of a bare loop with the same network, loss, optimizer and clipping, which averages and
+    writes nothing: blocks of both in turn, within one run of the Trainer. Its checkpoints are not counted."""
+    row = Row("loop", f"ddpm mnist-batch {BATCH}", "fp32", bench.device, "step", ours=["auto"])
+    for name, samples in trainer_and_bare(bench.device, blocks, block).items():
+        tenths = statistics.quantiles(samples, n=10, method="inclusive")
+        ms = [1e3 * s for s in (statistics.median(samples), tenths[0], tenths[-1])]
+        row.columns[name] = Cell("unchecked", *ms, len(samples))
+    return row
+
+
+def trainer_and_bare(device: str, blocks: int, block: int) -> dict[str, list[float]]:
+    """Seconds a step of the bare loop, "eager", and of the Trainer, "auto", a sample for each block but the first."""
+    steps = (blocks + 1) * block + 1
+    config = TrainConfig(preset="mnist", batch_size=BATCH, steps=steps, warmup=1, save_every=steps)
+    alternating = Alternating(DDPMRecipe(config, device), BareLoop(DDPMRecipe(config, device)), block)
+    with tempfile.TemporaryDirectory() as folder:
+        Trainer(alternating, config, Path(folder) / "run").run(progress=False)
+    return {name: samples[1:] for name, samples in alternating.samples.items()}
+
+
+class BareLoop:
+    """The shortest loop that takes the Trainer's steps."""
+
+    def __init__(self, recipe: Any) -> None:
+        self.recipe, self.config, self.step = recipe, recipe.config, 0
+        self.params = list(recipe.model.train().parameters())
+        self.optimizer = torch.optim.AdamW(
+            self.params, lr=self.config.lr, betas=(0.9, 0.99), weight_decay=self.config.weight_decay, fused=True
+        )
+
+    def run(self, steps: int) -> None:
+        for _ in range(steps):
+            self.recipe.loss(self.step).backward()
+            torch.nn.utils.clip_grad_norm_(self.params, self.config.clip_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.step += 1
+
+
+class Alternating:
+    """The recipe of a Trainer which after every ``block`` of its steps runs the bare loop for as many.
+
+    ``samples``: seconds a step, of the bare loop ("eager") and of the Trainer ("auto").
+    """
+
+    def __init__(self, recipe: Any, bare: BareLoop, block: int) -> None:
+        self.recipe, self.bare, self.block = recipe, bare, block
+        self.samples: dict[str, list[float]] = {"eager": [], "auto": []}
+        self.since = 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.recipe, name)
+
+    def loss(self, step: int) -> Tensor:
+        if step % self.block == 0:
+            if step:
+                self.samples["auto"].append((self._now() - self.since) / self.block)
+            start = self._now()
+            self.bare.run(self.block)
+            self.samples["eager"].append((self._now() - start) / self.block)
+            self.since = self._now()
+        return self.recipe.loss(step)
+
+    def _now(self) -> float:
+        if self.recipe.images.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def ema_rows(dtype: str, bench: Bench, *, quick: bool = False) -> Iterator[Callable[[], Row]]:
+    if dtype == "fp32":
+        for count in COUNTS[: 2 if quick else None]:
+            yield partial(ema_row, "tiny" if quick else "cifar10", count, bench)
+
+
+def loop_rows(dtype: str, bench: Bench, *, quick: bool = False) -> Iterator[Callable[[], Row]]:
+    if dtype == "fp32":
+        yield partial(loop_row, bench, *((2, 1) if quick else (BLOCKS, BLOCK)))
+
+
+TRAINING = {"ema": ema_rows, "loop": loop_rows}
