@@ -19,6 +19,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from typing import Any
 SOURCE = Path(__file__).with_name("faults.c")
 ROOT = Path(__file__).parent.parent.parent
 MODES = {"log": 1, "before": 2, "half": 3, "after": 4, "fail": 5}  # as in faults.c
-OTHER_ERROR = 77  # a child's exit code
+OTHER_ERROR, UNAVAILABLE = 150, 151  # exit codes, beyond any errno
 
 
 class Unavailable(Exception):
@@ -61,6 +62,17 @@ class Counts:
                 self.notes.append(f"{note}: {verdict}" if note else verdict)
 
 
+def several(check: str, cases: list[dict[str, Any]]) -> Counts:
+    """`run` with each case's arguments, two at a time; the sums."""
+    total = Counts()
+    with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
+        for case, counts in zip(cases, pool.map(lambda case: run(check, **case), cases)):
+            for name in ("trials", "inside", "old", "new", "torn", "seconds"):
+                setattr(total, name, getattr(total, name) + getattr(counts, name))
+            total.notes += [f"{case}: {note}" for note in counts.notes]
+    return total
+
+
 def library() -> Path:
     """faults.c, compiled by cc at first use. Raises Unavailable on another system than Linux, or without a compiler."""
     if sys.platform != "linux":
@@ -88,6 +100,8 @@ def run(check: str, **arguments: Any) -> Counts:
     }  # fmt: skip
     command = [sys.executable, "-m", "benchmarks.reliability.faults", check, json.dumps(arguments)]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode == UNAVAILABLE:
+        raise Unavailable(done.stdout.strip())
     if done.returncode:
         raise RuntimeError(f"{check} failed:\n{done.stderr}")
     return Counts(**json.loads(done.stdout.splitlines()[-1]))
@@ -99,13 +113,8 @@ def arm(folder: Path, mode: str, at: int = 0, error: int = 0, all_later: bool = 
     own.faults_arm(os.fsencode(folder), MODES[mode], ctypes.c_long(at), error, int(all_later), log)
 
 
-def disarm() -> int:
-    """How many operations there were since `arm`."""
-    return ctypes.CDLL(None).faults_disarm()
-
-
 def fork(work: Callable[[], None]) -> int:
-    """A child that calls ``work`` and ends; its id. Exit codes: 0; the errno of an OSError that names a file; 77."""
+    """A child that calls ``work`` and ends; its id. Exit codes: 0; the errno of an OSError that names a file; OTHER_ERROR."""
     child = os.fork()
     if child:
         return child
@@ -134,9 +143,9 @@ def forked(work: Callable[[], None]) -> int:
     return wait(fork(work))
 
 
-def kill_after(work: Callable[[], None], delay: float | None) -> tuple[bool, float]:
-    """Forks a child and sends it SIGKILL ``delay`` seconds after ``work`` begins, or never; whether it died of that,
-    inside ``work``, and the seconds from the beginning of work to the end."""
+def kill_after(work: Callable[[], None], delay: float | None) -> tuple[int, float]:
+    """Forks a child and sends it SIGKILL ``delay`` seconds after ``work`` begins, or never; `wait`'s code, which is
+    -SIGKILL for one killed in ``work`` and -SIGTERM for one that came to its end, and the seconds it worked."""
     began, begin = os.pipe()
 
     def told() -> None:
@@ -152,15 +161,20 @@ def kill_after(work: Callable[[], None], delay: float | None) -> tuple[bool, flo
         time.sleep(delay)
         os.kill(child, signal.SIGKILL)
     code = wait(child)
+    seconds = time.perf_counter() - started
     os.close(began)
-    return code == -signal.SIGKILL, time.perf_counter() - started
+    return code, seconds
 
 
 def main(check: str, arguments: str) -> None:
     module, _, name = check.partition(":")
     function = getattr(importlib.import_module(module), name)
     started = time.perf_counter()
-    counts = function(**json.loads(arguments))
+    try:
+        counts = function(**json.loads(arguments))
+    except Unavailable as error:
+        print(error)
+        sys.exit(UNAVAILABLE)
     counts.seconds = round(time.perf_counter() - started, 1)
     print(json.dumps(asdict(counts)))
 
