@@ -114,7 +114,8 @@ def arm(folder: Path, mode: str, at: int = 0, error: int = 0, all_later: bool = 
 
 
 def fork(work: Callable[[], None]) -> int:
-    """A child that calls ``work`` and ends; its id. Exit codes: 0; the errno of an OSError that names a file; OTHER_ERROR."""
+    """A child that calls ``work`` and ends; its id. Exit codes: 0, the errno of an OSError that names a file, or
+    OTHER_ERROR."""
     child = os.fork()
     if child:
         return child
