@@ -23,7 +23,7 @@ from typing import Any
 
 from benchmarks.record import Record, _shell, slug, table_line
 from benchmarks.reliability.checkpoints import DISK_ERRORS, FOUND_BY
-from benchmarks.reliability.faults import Counts, Unavailable, run, several
+from benchmarks.reliability.faults import Counts, Unavailable, batch, several
 
 CHECKPOINTS = "benchmarks.reliability.checkpoints"
 KINDS: list[dict[str, Any]] = [{"kind": "run"}, {"kind": "model"}, {"kind": "model", "exchange": False}]
@@ -68,12 +68,10 @@ def two_at_once(full: bool) -> Counts:
 
 def planted_defects(full: bool) -> Counts:
     """torn: the defects that went unnoticed; inside: those that were found."""
-    counts = Counts()
-    for defect, (check, arguments) in FOUND_BY.items():
-        found = run(f"{CHECKPOINTS}:{check}", **arguments, defect=defect).torn > 0
-        counts.trials, counts.inside, counts.torn = counts.trials + 1, counts.inside + found, counts.torn + (not found)
-        counts.notes += [] if found else [f"{defect} was not found by {check}"]
-    return counts
+    calls = [(f"{CHECKPOINTS}:{check}", {**case, "defect": name}) for name, (check, case) in FOUND_BY.items()]
+    found = dict(zip(FOUND_BY, batch(calls)))
+    unnoticed = [f"{name} was not found" for name, counts in found.items() if not counts.torn]
+    return Counts(trials=len(found), inside=len(found) - len(unnoticed), torn=len(unnoticed), notes=unnoticed)
 
 
 CHECKS: list[tuple[str, Callable[[bool], Counts]]] = [

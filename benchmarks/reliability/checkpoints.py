@@ -3,7 +3,7 @@
 Two ways of saving: `Run`, a training run that gains step-N+1 and drops its oldest, and `Model`, `fastgen.save` over a
 model that is there. Each trial starts from a folder saved normally, and a child process saves into it under a fault.
 Then everything that counts as a checkpoint must verify and load, bit for bit what was saved, and after one more normal
-save nothing hidden may be left in the folder. The checks are called through `faults.run`, or, in `real_*`, directly.
+save nothing hidden may be left in the folder. The checks are called through `faults.batch`.
 """
 
 from __future__ import annotations
@@ -223,21 +223,31 @@ def logged(made: Saver) -> list[list[str]]:
         return [line.split("\t") for line in log.read().decode().splitlines()]
 
 
-def kill_at_every_operation(kind: str, exchange: bool = True, defect: str | None = None) -> Counts:
-    """SIGKILL before, in the middle of (a write that wrote half) and after each operation on files of a save."""
+def kill_at_every_operation(kind: str, exchange: bool = True, every: int = 1, defect: str | None = None) -> Counts:
+    """SIGKILL before, in the middle of (a write that wrote half) and after each operation on files of a save.
+
+    every: only each n-th of these moments. With a defect in no order, and no further than to what is torn.
+    """
     counts = Counts()
     with saver(kind, exchange, defect) as made:
-        for at, op in enumerate(operations(made), 1):
-            for mode in ("before", "half", "after") if op == "write" else ("before", "after"):
+        moments = [
+            (mode, at, op) for at, op in enumerate(operations(made), 1) for mode in ("before", "half", "after")
+            if op == "write" or mode != "half"
+        ][::every]  # fmt: skip
+        if defect:
+            random.Random(0).shuffle(moments)
+        for mode, at, op in moments:
 
-                def save(mode: str = mode, at: int = at) -> None:
-                    arm(made.folder, mode, at)
-                    made.save(made.version + 1)
+            def save(mode: str = mode, at: int = at) -> None:
+                arm(made.folder, mode, at)
+                made.save(made.version + 1)
 
-                code = forked(save)
-                counts.inside += code == -signal.SIGKILL
-                note = f"killed {mode} operation {at}, {op}"
-                counts.add(made.verdict() if code in (0, -signal.SIGKILL) else f"exit code {code}", note)
+            code = forked(save)
+            counts.inside += code == -signal.SIGKILL
+            verdict = made.verdict() if code in (0, -signal.SIGKILL) else f"exit code {code}"
+            counts.add(verdict, f"killed {mode} operation {at}, {op}")
+            if counts.torn and defect:
+                break
     return counts
 
 
@@ -267,7 +277,11 @@ def fail_at_every_operation(
             verdict = made.verdict()
             if code == 0 and verdict == "old":
                 verdict = "no error, and the new one is not there"
+            if code == error and verdict == "new" and not all_later and kind == "model":
+                verdict = "an error, and the old one is not there"
             counts.add(verdict, note)
+            if counts.torn and defect:
+                break
     return counts
 
 

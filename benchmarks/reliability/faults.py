@@ -1,7 +1,7 @@
 """Faults at will: faults.c, compiled and loaded before libc into a process of its own, which forks a child a trial.
 
-`run("module:function", ...)` calls a check in such a process and returns its `Counts`. In it, a child does the work
-with `forked`, armed by `arm`: it is killed at, in or after the n-th operation on files, or that operation fails.
+`batch` calls checks in such a process, and returns the `Counts` of each. There a child does the work (`forked`), armed
+by `arm`: it is killed at, in or after the n-th operation on files, or that operation fails.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any
 SOURCE = Path(__file__).with_name("faults.c")
 ROOT = Path(__file__).parent.parent.parent
 MODES = {"log": 1, "before": 2, "half": 3, "after": 4, "fail": 5}  # as in faults.c
-OTHER_ERROR, UNAVAILABLE = 150, 151  # exit codes, beyond any errno
+OTHER_ERROR = 150  # an exit code beyond any errno
 
 
 class Unavailable(Exception):
@@ -63,13 +63,16 @@ class Counts:
 
 
 def several(check: str, cases: list[dict[str, Any]]) -> Counts:
-    """`run` with each case's arguments, two at a time; the sums."""
-    total = Counts()
-    with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
-        for case, counts in zip(cases, pool.map(lambda case: run(check, **case), cases)):
+    """The sums of a check over several cases, two processes at a time."""
+    total, shares = Counts(), [cases[i::2] for i in range(min(2, len(cases)))]
+    with ThreadPoolExecutor(2) as pool:
+        found = pool.map(lambda share: batch([(check, case) for case in share]), shares)
+        for case, counts in [pair for share, results in zip(shares, found) for pair in zip(share, results)]:
             for name in ("trials", "inside", "old", "new", "torn", "seconds"):
                 setattr(total, name, getattr(total, name) + getattr(counts, name))
             total.notes += [f"{case}: {note}" for note in counts.notes]
+            if counts.skipped:
+                raise Unavailable(counts.skipped)
     return total
 
 
@@ -92,19 +95,18 @@ def library() -> Path:
     return built
 
 
-def run(check: str, **arguments: Any) -> Counts:
-    """Calls "module:function" with these arguments in a process with the library loaded; its Counts."""
+def batch(calls: list[tuple[str, dict[str, Any]]]) -> list[Counts]:
+    """Calls each ("module:function", arguments) in one process with the library loaded; the Counts of each, with
+    ``skipped`` where one cannot be made here. Raises Unavailable where none can."""
     environment = {
         **os.environ, "LD_PRELOAD": str(library()), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
         "PYTHONDONTWRITEBYTECODE": "1",
     }  # fmt: skip
-    command = [sys.executable, "-m", "benchmarks.reliability.faults", check, json.dumps(arguments)]
+    command = [sys.executable, "-m", "benchmarks.reliability.faults", json.dumps(calls)]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode == UNAVAILABLE:
-        raise Unavailable(done.stdout.strip())
     if done.returncode:
-        raise RuntimeError(f"{check} failed:\n{done.stderr}")
-    return Counts(**json.loads(done.stdout.splitlines()[-1]))
+        raise RuntimeError(f"{calls} failed:\n{done.stderr}")
+    return [Counts(**json.loads(line)) for line in done.stdout.splitlines()]
 
 
 def arm(folder: Path, mode: str, at: int = 0, error: int = 0, all_later: bool = False, log: int = -1) -> None:
@@ -167,20 +169,20 @@ def kill_after(work: Callable[[], None], delay: float | None) -> tuple[int, floa
     return code, seconds
 
 
-def main(check: str, arguments: str) -> None:
-    module, _, name = check.partition(":")
-    function = getattr(importlib.import_module(module), name)
-    started = time.perf_counter()
-    try:
-        counts = function(**json.loads(arguments))
-    except Unavailable as error:
-        print(error)
-        sys.exit(UNAVAILABLE)
-    counts.seconds = round(time.perf_counter() - started, 1)
-    print(json.dumps(asdict(counts)))
+def main(calls: str) -> None:
+    for check, arguments in json.loads(calls):
+        module, _, name = check.partition(":")
+        function = getattr(importlib.import_module(module), name)
+        started = time.perf_counter()
+        try:
+            counts = function(**arguments)
+        except Unavailable as error:
+            counts = Counts(skipped=str(error))
+        counts.seconds = round(time.perf_counter() - started, 1)
+        print(json.dumps(asdict(counts)), flush=True)
 
 
 if __name__ == "__main__":
     from benchmarks.reliability import faults  # by its name: classes of __main__ would be others than the checks'
 
-    faults.main(*sys.argv[1:])
+    faults.main(sys.argv[1])
