@@ -33,12 +33,6 @@ void faults_arm(const char *folder, int what, long n, int error, int all_later, 
     counter = 0, at = n, code = error, sticky = all_later, log_to = descriptor, mode = what;
 }
 
-// Disarms it; returns how many operations there were.
-long faults_disarm(void) {
-    mode = OFF;
-    return counter;
-}
-
 static void die(void) {
     kill(getpid(), SIGKILL);
     for (;;) pause();

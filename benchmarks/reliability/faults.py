@@ -1,7 +1,7 @@
 """Faults at will: faults.c, compiled and loaded before libc into a process of its own, which forks a child a trial.
 
-`run("module:function", ...)` calls a check in such a process and returns its `Counts`. In it, a child does the work
-with `forked`, armed by `arm`: it is killed at, in or after the n-th operation on files, or that operation fails.
+`batch` calls checks in such a process, and returns the `Counts` of each. There a child does the work (`forked`), armed
+by `arm`: it is killed at, in or after the n-th operation on files, or that operation fails.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from typing import Any
 SOURCE = Path(__file__).with_name("faults.c")
 ROOT = Path(__file__).parent.parent.parent
 MODES = {"log": 1, "before": 2, "half": 3, "after": 4, "fail": 5}  # as in faults.c
-OTHER_ERROR = 77  # a child's exit code
+OTHER_ERROR = 150  # an exit code beyond any errno
 
 
 class Unavailable(Exception):
@@ -61,6 +62,20 @@ class Counts:
                 self.notes.append(f"{note}: {verdict}" if note else verdict)
 
 
+def several(check: str, cases: list[dict[str, Any]]) -> Counts:
+    """The sums of a check over several cases, two processes at a time."""
+    total, shares = Counts(), [cases[i::2] for i in range(min(2, len(cases)))]
+    with ThreadPoolExecutor(2) as pool:
+        found = pool.map(lambda share: batch([(check, case) for case in share]), shares)
+        for case, counts in [pair for share, results in zip(shares, found) for pair in zip(share, results)]:
+            for name in ("trials", "inside", "old", "new", "torn", "seconds"):
+                setattr(total, name, getattr(total, name) + getattr(counts, name))
+            total.notes += [f"{case}: {note}" for note in counts.notes]
+            if counts.skipped:
+                raise Unavailable(counts.skipped)
+    return total
+
+
 def library() -> Path:
     """faults.c, compiled by cc at first use. Raises Unavailable on another system than Linux, or without a compiler."""
     if sys.platform != "linux":
@@ -80,17 +95,18 @@ def library() -> Path:
     return built
 
 
-def run(check: str, **arguments: Any) -> Counts:
-    """Calls "module:function" with these arguments in a process with the library loaded; its Counts."""
+def batch(calls: list[tuple[str, dict[str, Any]]]) -> list[Counts]:
+    """Calls each ("module:function", arguments) in one process with the library loaded; the Counts of each, with
+    ``skipped`` where one cannot be made here. Raises Unavailable where none can."""
     environment = {
         **os.environ, "LD_PRELOAD": str(library()), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
         "PYTHONDONTWRITEBYTECODE": "1",
     }  # fmt: skip
-    command = [sys.executable, "-m", "benchmarks.reliability.faults", check, json.dumps(arguments)]
+    command = [sys.executable, "-m", "benchmarks.reliability.faults", json.dumps(calls)]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{check} failed:\n{done.stderr}")
-    return Counts(**json.loads(done.stdout.splitlines()[-1]))
+        raise RuntimeError(f"{calls} failed:\n{done.stderr}")
+    return [Counts(**json.loads(line)) for line in done.stdout.splitlines()]
 
 
 def arm(folder: Path, mode: str, at: int = 0, error: int = 0, all_later: bool = False, log: int = -1) -> None:
@@ -99,13 +115,9 @@ def arm(folder: Path, mode: str, at: int = 0, error: int = 0, all_later: bool = 
     own.faults_arm(os.fsencode(folder), MODES[mode], ctypes.c_long(at), error, int(all_later), log)
 
 
-def disarm() -> int:
-    """How many operations there were since `arm`."""
-    return ctypes.CDLL(None).faults_disarm()
-
-
 def fork(work: Callable[[], None]) -> int:
-    """A child that calls ``work`` and ends; its id. Exit codes: 0; the errno of an OSError that names a file; 77."""
+    """A child that calls ``work`` and ends; its id. Exit codes: 0, the errno of an OSError that names a file, or
+    OTHER_ERROR."""
     child = os.fork()
     if child:
         return child
@@ -134,9 +146,9 @@ def forked(work: Callable[[], None]) -> int:
     return wait(fork(work))
 
 
-def kill_after(work: Callable[[], None], delay: float | None) -> tuple[bool, float]:
-    """Forks a child and sends it SIGKILL ``delay`` seconds after ``work`` begins, or never; whether it died of that,
-    inside ``work``, and the seconds from the beginning of work to the end."""
+def kill_after(work: Callable[[], None], delay: float | None) -> tuple[int, float]:
+    """Forks a child and sends it SIGKILL ``delay`` seconds after ``work`` begins, or never; `wait`'s code, which is
+    -SIGKILL for one killed in ``work`` and -SIGTERM for one that came to its end, and the seconds it worked."""
     began, begin = os.pipe()
 
     def told() -> None:
@@ -152,20 +164,25 @@ def kill_after(work: Callable[[], None], delay: float | None) -> tuple[bool, flo
         time.sleep(delay)
         os.kill(child, signal.SIGKILL)
     code = wait(child)
+    seconds = time.perf_counter() - started
     os.close(began)
-    return code == -signal.SIGKILL, time.perf_counter() - started
+    return code, seconds
 
 
-def main(check: str, arguments: str) -> None:
-    module, _, name = check.partition(":")
-    function = getattr(importlib.import_module(module), name)
-    started = time.perf_counter()
-    counts = function(**json.loads(arguments))
-    counts.seconds = round(time.perf_counter() - started, 1)
-    print(json.dumps(asdict(counts)))
+def main(calls: str) -> None:
+    for check, arguments in json.loads(calls):
+        module, _, name = check.partition(":")
+        function = getattr(importlib.import_module(module), name)
+        started = time.perf_counter()
+        try:
+            counts = function(**arguments)
+        except Unavailable as error:
+            counts = Counts(skipped=str(error))
+        counts.seconds = round(time.perf_counter() - started, 1)
+        print(json.dumps(asdict(counts)), flush=True)
 
 
 if __name__ == "__main__":
     from benchmarks.reliability import faults  # by its name: classes of __main__ would be others than the checks'
 
-    faults.main(*sys.argv[1:])
+    faults.main(sys.argv[1])
