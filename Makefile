@@ -20,13 +20,14 @@ PIP = $(BIN)/python -m pip install --disable-pip-version-check -q $(CONSTRAINTS)
 INSTALL = FASTGEN_CUDA=0 $(PIP) --no-build-isolation -e
 
 .DELETE_ON_ERROR:
-.PHONY: help sample test test-all bench gpu lint clean
+.PHONY: help sample test test-all bench reliability gpu lint clean
 
 help:
 	@echo "make sample     40 digits into samples.png (sets up .venv at the first call)"
 	@echo "make test       the tests, without the slow ones"
 	@echo "make test-all   every test"
 	@echo "make bench      the benchmarks, on this machine"
+	@echo "make reliability kills, full disks, signals and resumed runs, counted, in minutes (FULL=--full: longer)"
 	@echo "make gpu        on a machine with a GPU, torch, triton and nvcc: build the CUDA library with the"
 	@echo "                Python at hand (no .venv, no network), run the GPU tests and benchmarks in 9 minutes"
 	@echo "                RESULTS=folder for the records (now: $(RESULTS))"
@@ -45,6 +46,9 @@ test-all: $(STAMPS)/package $(STAMPS)/test
 
 bench: $(STAMPS)/package $(STAMPS)/bench
 	$(BIN)/python -m benchmarks --out $(RESULTS)
+
+reliability: $(STAMPS)/package
+	$(BIN)/python -m benchmarks.reliability $(FULL)
 
 # All of it, tests that fail or not, in less than nine minutes: tests get half of GPU_SECONDS, and those that are left
 # are skipped (kernels stay compiled, so a second call comes further); the benchmarks get the rest.

@@ -1,6 +1,6 @@
 """The rows of training data: how soon a folder of many files is ready, and how many images a second come out of one.
 
-python -m benchmarks.data_rows [files] prints them as JSON. Nothing is kept: folders and index lie in a temporary folder.
+python -m benchmarks.data_rows [files] prints them as JSON. Folders and index lie in a temporary folder.
 """
 
 from __future__ import annotations

@@ -17,9 +17,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from benchmarks.harness import DTYPES, Bench, Column, Truth, Work, errors, nbytes, run_row, truth
 from benchmarks.model_rows import unet
 from benchmarks.record import Cell, Row
+from fastgen.training.config import TrainConfig
 from fastgen.training.ddpm import DDPMRecipe
 from fastgen.training.ema import EMA
-from fastgen.training.loop import TrainConfig, Trainer
+from fastgen.training.loop import Trainer
 
 DECAYS = (0.9999, 0.9995, 0.999, 0.99)
 COUNTS = (1, 2, 4)
@@ -131,7 +132,7 @@ def loop_row(bench: Bench, blocks: int, block: int) -> Row:
 def trainer_and_bare(device: str, blocks: int, block: int) -> dict[str, list[float]]:
     """Seconds a step of the bare loop, "eager", and of the Trainer, "auto", a sample for each block but the first."""
     steps = (blocks + 1) * block + 1
-    config = TrainConfig(preset="mnist", batch_size=BATCH, steps=steps, warmup=1, save_every=steps)
+    config = TrainConfig(preset="mnist", batch_size=BATCH, steps=steps, warmup=1, save_every=steps, log_every=block)
     alternating = Alternating(DDPMRecipe(config, device), BareLoop(DDPMRecipe(config, device)), block)
     with tempfile.TemporaryDirectory() as folder:
         Trainer(alternating, config, Path(folder) / "run").run(progress=False)
@@ -142,19 +143,23 @@ class BareLoop:
     """The shortest loop that takes the Trainer's steps."""
 
     def __init__(self, recipe: Any) -> None:
-        self.recipe, self.config, self.step = recipe, recipe.config, 0
+        self.recipe, self.config = recipe, recipe.config
+        self.images = recipe.data.images.float() / 127.5 - 1
+        self.labels = recipe.data.labels
         self.params = list(recipe.model.train().parameters())
         self.optimizer = torch.optim.AdamW(
             self.params, lr=self.config.lr, betas=(0.9, 0.99), weight_decay=self.config.weight_decay, fused=True
         )
 
     def run(self, steps: int) -> None:
+        device = self.params[0].device
         for _ in range(steps):
-            self.recipe.loss(self.step).backward()
+            index = torch.randint(len(self.images), (self.config.batch_size,))
+            images, labels = self.images[index].to(device), self.labels[index].to(device)
+            self.recipe.loss(self.recipe.model, self.recipe.augment(images), labels).backward()
             torch.nn.utils.clip_grad_norm_(self.params, self.config.clip_norm)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-            self.step += 1
 
 
 class Alternating:
@@ -166,23 +171,24 @@ class Alternating:
     def __init__(self, recipe: Any, bare: BareLoop, block: int) -> None:
         self.recipe, self.bare, self.block = recipe, bare, block
         self.samples: dict[str, list[float]] = {"eager": [], "auto": []}
-        self.since = 0.0
+        self.since, self.step = 0.0, 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.recipe, name)
 
-    def loss(self, step: int) -> Tensor:
-        if step % self.block == 0:
-            if step:
+    def loss(self, *batch: Any) -> Tensor:
+        if self.step % self.block == 0:
+            if self.step:
                 self.samples["auto"].append((self._now() - self.since) / self.block)
             start = self._now()
             self.bare.run(self.block)
             self.samples["eager"].append((self._now() - start) / self.block)
             self.since = self._now()
-        return self.recipe.loss(step)
+        self.step += 1
+        return self.recipe.loss(*batch)
 
     def _now(self) -> float:
-        if self.recipe.images.is_cuda:
+        if self.bare.params[0].is_cuda:
             torch.cuda.synchronize()
         return time.perf_counter()
 

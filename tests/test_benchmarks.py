@@ -176,13 +176,15 @@ def test_the_loop_and_the_bare_loop_take_turns(monkeypatch):
     monkeypatch.setattr(training_rows.time, "perf_counter", clock)
 
     class Recipe:
-        family, images = "unet", torch.zeros(1)
+        family = "unet"
 
-        def loss(self, step):
+        def loss(self, *batch):
             order.append("trainer")
             clock.now += 3.0
 
     class Bare:
+        params = (torch.zeros(1),)
+
         def run(self, steps):
             order.extend(["bare"] * steps)
             clock.now += 2.0 * steps

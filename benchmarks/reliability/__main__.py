@@ -13,6 +13,7 @@ import argparse
 import errno
 import json
 import re
+import subprocess
 import sys
 import tempfile
 import time
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import Record, _shell, slug, table_line
+from benchmarks.reliability import resume
 from benchmarks.reliability.checkpoints import DISK_ERRORS, FOUND_BY
 from benchmarks.reliability.faults import Counts, Unavailable, batch, several
 
@@ -66,6 +68,34 @@ def two_at_once(full: bool) -> Counts:
     return several(f"{CHECKPOINTS}:two_at_once", [{"count": count}, {"count": count, "exchange": False}])
 
 
+def resumed(full: bool) -> Counts:
+    """new: ended as the run in one piece did; torn: did not."""
+    counts = Counts()
+    for recipe in resume.PRESETS:
+        for variant in resume.VARIANTS:
+            trials, failures = resume.resume_at_every_step(recipe, variant, steps=25 if full else None)
+            counts.trials += trials
+            counts.torn += len(failures)
+            counts.notes += failures
+    counts.inside, counts.new = counts.trials, counts.trials - counts.torn
+    return counts
+
+
+def signalled(full: bool) -> Counts:
+    return from_json("signals", "--random", "200" if full else "21")
+
+
+def from_json(module: str, *arguments: str) -> Counts:
+    """The counts that a module of its own process prints. new: trials that ended as promised."""
+    command = [sys.executable, "-m", f"benchmarks.reliability.{module}", *arguments]
+    found = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True).stdout)
+    trials, failures = found["phases"] + found["random"], found["failures"]
+    return Counts(
+        trials=trials, inside=found["phases"] + found["reached"], new=max(0, trials - len(failures)),
+        torn=len(failures), notes=failures[:5],
+    )  # fmt: skip
+
+
 def planted_defects(full: bool) -> Counts:
     """torn: the defects that went unnoticed; inside: those that were found."""
     calls = [(f"{CHECKPOINTS}:{check}", {**case, "defect": name}) for name, (check, case) in FOUND_BY.items()]
@@ -84,6 +114,8 @@ CHECKS: list[tuple[str, Callable[[bool], Counts]]] = [
     ("checkpoints: a read-only disk, a folder without permission", read_only),
     ("checkpoints: two processes save at one path", two_at_once),
     ("checkpoints: defects planted to see that these checks find them", planted_defects),
+    ("runs: stopped after each step and resumed, to the same bits", resumed),
+    ("runs: SIGINT, SIGTERM in each phase; they and SIGKILL at random; resumed, to the same bits", signalled),
 ]
 
 

@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ from fastgen import atomic, checkpoint
 from fastgen.diffusion.schedules import DiffusionConfig
 from fastgen.errors import UsageError
 from fastgen.models.unet import PRESETS, UNet
+from fastgen.training.config import TrainConfig
+from fastgen.training.loop import Trainer
 
 KEEP = 2
 # What a disk that is full, broken, read-only or over a quota says.
@@ -103,20 +106,23 @@ class Model(Saver):
 
 
 class Run(Saver):
-    """A training run, as training.loop saves it: the new step, then the oldest is removed."""
+    """A training run: the new step, then the oldest is removed. The average is a version ahead of the weights."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        recipe: Any = SimpleNamespace(model=self.model, name="ddpm", family="unet")
+        self.trainer = Trainer(recipe, TrainConfig(preset="tiny", keep=KEEP), folder)
 
     def state(self, version: int) -> dict[str, Tensor]:
         return {f"model.{k}": v for k, v in self.weights(version - 1).items()}
 
     def save(self, version: int) -> None:
-        with checkpoint.atomic_directory(self.folder / f"{checkpoint.STEP_PREFIX}{version:08d}") as directory:
-            checkpoint.write_checkpoint(
-                directory, self.model, family="unet", preset="tiny", weights=self.weights(version),
-                extra_config={"training": {"step": version}}, extra_files={"training.safetensors": self.state(version)},
-            )  # fmt: skip
-        for dropped in checkpoint.checkpoints_of(self.folder)[:-KEEP]:
-            atomic.remove(dropped)
-        atomic.sweep(self.folder)
+        self.model.load_state_dict(self.weights(version - 1))
+        for name, average in self.trainer.ema.averages[self.trainer.config.ema_decay[0]].items():
+            average.copy_(self.weights(version)[name])
+        self.trainer.step = version
+        self.trainer.save()
+        atomic.sweep(self.folder)  # as the next run in the folder does
 
     def found(self, old: int, new: int) -> str:
         there = checkpoint.checkpoints_of(self.folder)
@@ -126,7 +132,8 @@ class Run(Saver):
         for path, step in zip(there, steps):
             checkpoint.verify(path)
             read = {name: checkpoint.read_tensors(path / f"{name}.safetensors") for name in ("model", "training")}
-            if not same(read["model"], self.weights(step)) or not same(read["training"], self.state(step)):
+            state = {k: v for k, v in read["training"].items() if k.startswith("model.")}
+            if not same(read["model"], self.weights(step)) or not same(state, self.state(step)):
                 return f"{path.name} holds other weights"
         if not same(checkpoint.load(self.folder).state_dict(), self.weights(steps[-1])):
             return "what loads are not the newest weights"

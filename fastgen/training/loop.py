@@ -70,6 +70,7 @@ class Trainer:
         self.validation = Validation()
         self.losses: list[Tensor] = []  # since the last line of the log
         self.stopped_by: int | None = None
+        self.on_save: Callable[[Path], None] | None = None
         self.grad_norm = torch.zeros((), device=self.device)  # of the last step, before it was clipped
         self._unchecked: list[Tensor] = []  # of the last steps, whether each was not finite
         self._looks = 1 if self.device.type == "cpu" or self.scaler.is_enabled() else CHECK_EVERY

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastgen.atomic import atomic_directory, atomic_file, remove, sweep
+from fastgen import atomic
+from fastgen.atomic import atomic_directory, atomic_file
 from fastgen.checkpoint import STEP_PREFIX, checkpoints_of, read_json, read_tensors, verify, write_checkpoint
 from fastgen.errors import UsageError
 from fastgen.training.config import TrainConfig
@@ -55,7 +56,7 @@ def prepared(out: Path, recipe: str, config: TrainConfig) -> Iterator[None]:
     its config.json. Raises UsageError where another process trains in it."""
     out.mkdir(parents=True, exist_ok=True)
     with _locked(out):
-        sweep(out)
+        atomic.sweep(out)
         settings = {"fastgen": __version__, "recipe": recipe, "settings": asdict(config)}
         with atomic_file(out / "config.json") as file:
             file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
@@ -129,7 +130,7 @@ def write(trainer: Trainer, keep_also: int) -> Path:
         )  # fmt: skip
     for old in checkpoints_of(out)[: -config.keep]:
         if old.name != name(keep_also):
-            remove(old)
+            atomic.remove(old)
     return path
 
 
