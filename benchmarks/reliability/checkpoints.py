@@ -425,9 +425,9 @@ def _in_place(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _renamed_first(path: Path) -> Iterator[Path]:
+def _renamed_first(path: Path, real: Any = atomic.atomic_directory) -> Iterator[Path]:
     """Renamed, and then written."""
-    with atomic.atomic_directory(path):
+    with real(path):
         pass
     yield path
 
@@ -456,7 +456,7 @@ def _never_fails(directory: Path, *args: Any, real: Callable[..., None] = checkp
 
 DEFECTS: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
     "written in place": lambda: _patched(checkpoint, "atomic_directory", _in_place),
-    "renamed before it is written": lambda: _patched(checkpoint, "atomic_directory", _renamed_first),
+    "renamed before it is written": lambda: _patched(atomic, "atomic_directory", _renamed_first),
     "the old removed before the rename": lambda: _patched(atomic, "_take_place", _removed_and_renamed),
     "the oldest removed in place": lambda: _patched(atomic, "remove", shutil.rmtree),
     "stale files never swept": lambda: _patched(atomic, "sweep", lambda *_: None),

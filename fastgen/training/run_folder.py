@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from fastgen import atomic
-from fastgen.atomic import atomic_directory, atomic_file
 from fastgen.checkpoint import STEP_PREFIX, checkpoints_of, read_json, read_tensors, verify, write_checkpoint
 from fastgen.errors import UsageError
 from fastgen.training.config import TrainConfig
@@ -58,7 +57,7 @@ def prepared(out: Path, recipe: str, config: TrainConfig) -> Iterator[None]:
     with _locked(out):
         atomic.sweep(out)
         settings = {"fastgen": __version__, "recipe": recipe, "settings": asdict(config)}
-        with atomic_file(out / "config.json") as file:
+        with atomic.atomic_file(out / "config.json") as file:
             file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         yield
 
@@ -106,7 +105,7 @@ def newest_verified(out: Path) -> Path:
 def list_damaged(out: Path, damaged: dict[str, str]) -> None:
     """Writes damaged.txt, an image and what is wrong with it a line, where there are any."""
     if damaged:
-        with atomic_file(out / "damaged.txt") as file:
+        with atomic.atomic_file(out / "damaged.txt") as file:
             file.write_text("".join(f"{path}\t{why}\n" for path, why in sorted(damaged.items())), encoding="utf-8")
 
 
@@ -122,7 +121,7 @@ def write(trainer: Trainer, keep_also: int) -> Path:
         "validation": asdict(trainer.validation),
         "scaler": trainer.scaler.state_dict(),
     }
-    with atomic_directory(path) as directory:
+    with atomic.atomic_directory(path) as directory:
         write_checkpoint(
             directory, model, family=trainer.recipe.family, preset=config.preset,
             weights={**model.state_dict(), **trainer.ema.averages[config.ema_decay[0]]},
