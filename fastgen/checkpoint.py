@@ -32,6 +32,7 @@ from fastgen.version import __version__
 FORMAT = 1
 WEIGHTS = Path(__file__).parent / "weights"
 STEP_PREFIX = "step-"
+TRAINING_STATE = "training.safetensors"  # of a run's checkpoint: what it goes on from
 PICKLES = {".bin", ".ckpt", ".pkl", ".pt", ".pth"}
 NO_PICKLES = "which is never read, since a pickle can run code; save it again as safetensors"
 
@@ -125,21 +126,28 @@ def save(model: nn.Module, path: str | Path, *, preset: str = "custom") -> None:
 
 
 def load(
-    path_or_name: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    path_or_name: str | Path,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    ema: float | None = None,
 ) -> nn.Module:
     """A model in eval mode, from a shipped name, a checkpoint, a training run or a diffusers directory.
 
     A generator has ``forward(x, t, class_labels=None)`` and carries ``config``, ``diffusion``
     (how it was trained) and ``sampling`` (its defaults); the classifier, ``config`` alone.
+    ``ema``: which of a training run's averages of the weights, by its decay; None is the first.
     Raises UsageError, a ValueError, that says what is wrong: unknown name (with
     the nearest ones), files missing, altered or foreign.
     """
     directory = resolve(path_or_name)
     config = read_json(directory / "config.json")
     if "_class_name" in config:
+        if ema is not None:
+            raise UsageError("ema: averages are chosen from training runs, and this is a diffusers directory")
         model = _load_diffusers(directory, config)
     else:
-        model = _load_fastgen(directory, config)
+        model = _load_fastgen(directory, config, ema)
     model.source = directory.name if directory.parent == WEIGHTS else str(directory)
     return model.to(device=device, dtype=dtype, memory_format=torch.channels_last).eval()
 
@@ -240,7 +248,9 @@ def _damage(file: Path) -> str:
     return changed if size == expected else f"is too long: {size} bytes instead of {expected}"
 
 
-def _load_fastgen(directory: Path, config: dict[str, Any]) -> nn.Module:
+def _load_fastgen(directory: Path, config: dict[str, Any], ema: float | None) -> nn.Module:
+    if "settings" in config:
+        raise UsageError(f"model: the training run in {directory} has no checkpoint yet")
     family = FAMILIES.get(str(config.get("family")))
     if family is None or not isinstance(config.get("config"), dict):
         raise UsageError(
@@ -259,8 +269,21 @@ def _load_fastgen(directory: Path, config: dict[str, Any]) -> nn.Module:
         parts.append(_dataclass(SamplingDefaults, config.get("sampling", {}), file))
     model = family.network(*parts)
     weights = {k: v.float() for k, v in read_tensors(directory / "model.safetensors").items()}
+    if ema is not None:
+        weights |= _average(directory, config, ema)
     _load_weights(model, weights, directory)
     return model
+
+
+def _average(directory: Path, config: dict[str, Any], decay: float) -> dict[str, Tensor]:
+    """The average of this decay, unless it is the first, which model.safetensors holds; UsageError if there is none."""
+    decays = config.get("training", {}).get("ema_decay", [])
+    if decay not in decays:
+        there = f"there are {', '.join(map(str, decays))}" if decays else "this is no checkpoint of a training run"
+        raise UsageError(f"ema: {directory} has no average of decay {decay}; {there}")
+    prefix = f"ema.{decay}."
+    state = read_tensors(directory / TRAINING_STATE) if decay != decays[0] else {}
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
 def _dataclass(cls: type, values: dict[str, Any], file: Path) -> Any:

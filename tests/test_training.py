@@ -232,6 +232,29 @@ def test_checkpoint_is_the_average_and_loads(tmp_path: Path) -> None:
     assert len(fastgen.sample(last, 2, steps=2)) == len(fastgen.sample(tmp_path, 2, steps=2)) == 2
 
 
+def test_any_average_loads(tmp_path: Path) -> None:
+    config = replace(CONFIG, ema_decay=(0.9, 0.5), steps=4)
+    trainer = Trainer(DDPMRecipe(config), config, tmp_path)
+    trainer.run(progress=False)
+    for decay in (None, 0.9, 0.5):
+        loaded = fastgen.load(tmp_path, ema=decay).state_dict()
+        for name, value in trainer.ema.averages[decay or 0.9].items():
+            assert torch.equal(loaded[name], value)
+    with pytest.raises(fastgen.UsageError, match=r"^ema: .* has no average of decay 0.99; there are 0.9, 0.5$"):
+        fastgen.load(tmp_path, ema=0.99)
+    with pytest.raises(fastgen.UsageError, match=r"^ema: .*no checkpoint of a training run"):
+        fastgen.load("ddpm-mnist", ema=0.9)
+
+
+def test_a_run_without_a_checkpoint(tmp_path: Path) -> None:
+    trainer = Trainer(DDPMRecipe(CONFIG), CONFIG, tmp_path)
+    trainer.recipe.loss = lambda *batch: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        trainer.run(progress=False)
+    with pytest.raises(fastgen.UsageError, match=r"^model: the training run in .* has no checkpoint yet$"):
+        fastgen.load(tmp_path)
+
+
 def test_average_is_the_formula(tmp_path: Path) -> None:
     """Of each decay, with a short memory at first."""
     config = replace(CONFIG, ema_decay=(0.3, 0.05))

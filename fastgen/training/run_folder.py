@@ -22,7 +22,15 @@ import torch
 from torch import Tensor
 
 from fastgen import atomic
-from fastgen.checkpoint import STEP_PREFIX, checkpoints_of, read_json, read_tensors, verify, write_checkpoint
+from fastgen.checkpoint import (
+    STEP_PREFIX,
+    TRAINING_STATE,
+    checkpoints_of,
+    read_json,
+    read_tensors,
+    verify,
+    write_checkpoint,
+)
 from fastgen.errors import UsageError
 from fastgen.training.config import TrainConfig
 from fastgen.version import __version__
@@ -34,8 +42,6 @@ try:
     import fcntl
 except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
-
-STATE = "training.safetensors"
 
 
 def name(step: int) -> str:
@@ -125,7 +131,7 @@ def write(trainer: Trainer, keep_also: int) -> Path:
         write_checkpoint(
             directory, model, family=trainer.recipe.family, preset=config.preset,
             weights={**model.state_dict(), **trainer.ema.averages[config.ema_decay[0]]},
-            extra_config={"training": training}, extra_files={STATE: _state(trainer)},
+            extra_config={"training": training}, extra_files={TRAINING_STATE: _state(trainer)},
         )  # fmt: skip
     for old in checkpoints_of(out)[: -config.keep]:
         if old.name != name(keep_also):
@@ -154,7 +160,7 @@ def restore(trainer: Trainer, checkpoint: Path) -> None:
         differing.insert(0, f"recipe {saved.get('recipe')!r} there, {trainer.recipe.name!r} now")
     if differing:
         raise UsageError(f"resume: {checkpoint} was made with other settings: {'; '.join(differing)}")
-    state = read_tensors(checkpoint / STATE)
+    state = read_tensors(checkpoint / TRAINING_STATE)
     trainer.recipe.model.load_state_dict(_part(state, "model."))
     first = f"ema.{trainer.config.ema_decay[0]}."
     model = read_tensors(checkpoint / "model.safetensors")
