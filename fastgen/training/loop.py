@@ -26,6 +26,7 @@ from fastgen.training.data import Loader
 from fastgen.training.divergence import explain
 from fastgen.training.ema import EMA
 from fastgen.training.logs import Log
+from fastgen.training.optimizer import AdamW
 from fastgen.training.recipes import Recipe
 from fastgen.training.seeding import derive_seed, seed_everything
 from fastgen.training.stopping import StopRequest
@@ -58,7 +59,7 @@ class Trainer:
         weights = [p for p in self.params.values() if p.ndim > 1]
         others = [p for p in self.params.values() if p.ndim <= 1]  # a bias or a norm is not pulled to 0
         groups = [{"params": weights}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer = AdamW(
             [g for g in groups if g["params"]], lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay,
             fused=True,
         )  # fmt: skip
