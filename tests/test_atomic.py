@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import subprocess
 import sys
 import threading
@@ -84,6 +85,7 @@ def test_new_and_replaced(tmp_path: Path, either: str) -> None:
         assert text_of(tmp_path / "a") == text and os.listdir(tmp_path) == ["a"]
 
 
+@posix
 def test_replaces_files_and_links(tmp_path: Path, either: str) -> None:
     """What a link points to stays."""
     (tmp_path / "kept").mkdir()
@@ -121,7 +123,7 @@ def test_an_error_leaves_the_old_alone(
 
     def sync(descriptor: int) -> None:
         found = os.fstat(descriptor)
-        kind = "folder" if found.st_ino == ino else "directory" if os.path.isdir(f"/proc/self/fd/{descriptor}") else ""
+        kind = "folder" if found.st_ino == ino else "directory" if stat.S_ISDIR(found.st_mode) else ""
         if (kind or "file") == failing:
             raise error
         real_sync(descriptor)
@@ -145,6 +147,7 @@ def test_an_error_leaves_the_old_alone(
         if failing == "write":
             raise error
     assert caught.value.errno == code and (caught.value.filename or "move" in failing)
+    assert failing != "file" or caught.value.filename.endswith("-a/x"), "of a sync: the file"
     assert text_of(tmp_path / "a") == "old" and os.listdir(tmp_path) == ["a"]
 
 
@@ -203,12 +206,15 @@ def test_folders_above_are_made_and_synced(tmp_path: Path, monkeypatch: pytest.M
 
 def test_removed_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(tmp_path / "a", "1")
+    synced, real = [], atomic._fsync
+    monkeypatch.setattr(atomic, "_fsync", lambda path: (synced.append(path), real(path)))
     with monkeypatch.context() as patch:
         patch.setattr(
             atomic, "_discard", lambda path: pytest.fail("still there") if (tmp_path / "a").exists() else None
         )
         remove(tmp_path / "a")
     (left,) = os.listdir(tmp_path)
+    assert synced == [tmp_path], "before anything is removed"
     assert atomic.OURS.fullmatch(left)[2] == "a" and text_of(tmp_path / left) == "1"
     sweep(tmp_path)
     assert os.listdir(tmp_path) == []

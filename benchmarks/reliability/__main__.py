@@ -155,7 +155,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    settings = {"full": args.full, "file system": _shell("stat", "-f", "-c", "%T", tempfile.gettempdir()) or "unknown"}
+    file_system = _shell("df", "--output=fstype", tempfile.gettempdir()).split()[-1:]
+    settings = {"full": args.full, "file system": "".join(file_system) or "unknown"}
     record = asdict(Record("reliability", "cpu", settings))
     record["command"] = " ".join(["python -m benchmarks.reliability", *(sys.argv[1:] if argv is None else argv)])
     stem = f"{record['date'][:10]}-{slug(record['hardware']['cpu'])}-reliability.json"

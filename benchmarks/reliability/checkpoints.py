@@ -327,7 +327,6 @@ def two_at_once(kind: str = "model", count: int = 20, exchange: bool = True) -> 
         for _ in range(count):
             children = [fork(lambda v=made.version + k: made.save(v)) for k in (0, 1)]
             codes = [wait(child) for child in children]
-            counts.inside += 2
             counts.add(made.verdict() if codes == [0, 0] else f"exit codes {codes}")
     return counts
 
