@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -123,10 +125,63 @@ def loop_row(bench: Bench, blocks: int, block: int) -> Row:
     writes nothing: blocks of both in turn, within one run of the Trainer. Its checkpoints are not counted."""
     row = Row("loop", f"ddpm mnist-batch {BATCH}", "fp32", bench.device, "step", ours=["auto"])
     for name, samples in trainer_and_bare(bench.device, blocks, block).items():
-        tenths = statistics.quantiles(samples, n=10, method="inclusive")
-        ms = [1e3 * s for s in (statistics.median(samples), tenths[0], tenths[-1])]
-        row.columns[name] = Cell("unchecked", *ms, len(samples))
+        row.columns[name] = _cell(samples)
     return row
+
+
+def own_cost_row(bench: Bench, repeats: int) -> Row:
+    """The same without the network, whose gradients are made up: what is left is the optimizer in both, and in the
+    Trainer what the loop itself costs. Of a whole step it is too little to be seen between two runs of a network."""
+    row = Row("loop", f"ddpm mnist-batch {BATCH}, no network", "fp32", bench.device, "step", ours=["auto"])
+    config = TrainConfig(preset="mnist", batch_size=BATCH, augment=False)
+    recipe = DDPMRecipe(config, bench.device)
+    trainer = Trainer(recipe, config, Path(tempfile.gettempdir()))
+    trainer.loader = trainer._loader(0)
+    params = list(trainer.params.values())
+    made_up = [1e-3 * torch.randn_like(p) for p in params]
+
+    def loss(*batch: Any) -> Tensor:
+        return MadeUp.apply(made_up, *params)
+
+    def step() -> None:
+        trainer._train_step()
+        trainer.step += 1
+
+    def bare() -> None:
+        loss().backward()
+        torch.nn.utils.clip_grad_norm_(params, config.clip_norm)
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad(set_to_none=True)
+
+    recipe.loss = loss  # type: ignore[method-assign, assignment]
+    samples: dict[str, list[float]] = {"eager": [], "auto": []}
+    for _ in range(repeats):
+        for name, call in (("eager", bare), ("auto", step)):
+            started = time.perf_counter()
+            call()
+            samples[name].append(time.perf_counter() - started)
+    for name, seconds in samples.items():
+        row.columns[name] = _cell(seconds[repeats // 10 :])
+    return row
+
+
+class MadeUp(torch.autograd.Function):
+    """A loss of 0 with the gradients that it is given."""
+
+    @staticmethod
+    def forward(ctx: Any, gradients: list[Tensor], *params: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return params[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *ctx.gradients
+
+
+def _cell(seconds: list[float]) -> Cell:
+    """Median and tenths, in ms."""
+    tenths = statistics.quantiles(seconds, n=10, method="inclusive")
+    return Cell("unchecked", *(1e3 * s for s in (statistics.median(seconds), tenths[0], tenths[-1])), len(seconds))
 
 
 def trainer_and_bare(device: str, blocks: int, block: int) -> dict[str, list[float]]:
@@ -201,7 +256,48 @@ def ema_rows(dtype: str, bench: Bench, *, quick: bool = False) -> Iterator[Calla
 
 def loop_rows(dtype: str, bench: Bench, *, quick: bool = False) -> Iterator[Callable[[], Row]]:
     if dtype == "fp32":
+        yield partial(own_cost_row, bench, 10 if quick else 200)
         yield partial(loop_row, bench, *((2, 1) if quick else (BLOCKS, BLOCK)))
 
 
-TRAINING = {"ema": ema_rows, "loop": loop_rows}
+# A process that is told when it was started, trains one step and prints the seconds to that step's begin and end.
+START = """
+import sys, time
+started, out = float(sys.argv[1]), sys.argv[2]
+from fastgen import cli
+from fastgen.training import loop
+real = loop.Trainer._train_step
+def timed(self):
+    times.append(time.time() - started)
+    real(self)
+    times.append(time.time() - started)
+times, loop.Trainer._train_step = [], timed
+sys.argv[1:] = ["train", "ddpm", "--data", "mnist-5k", "--steps", "1", "--out", out, "-q", *sys.argv[3:]]
+try:
+    cli.main()
+finally:
+    print(*times)
+"""
+
+
+def start_row(repeats: int, batch_size: int) -> Row:
+    """From the start of the process `fastgen train ddpm --data mnist-5k` to the begin and the end of its first step."""
+    row = Row("start", f"ddpm mnist-batch {batch_size}", "fp32", "cpu", "first step")
+    samples: list[list[float]] = []
+    for _ in range(repeats):
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, "-c", START, str(time.time()), f"{folder}/run", "--batch-size", str(batch_size)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+        samples.append([1e3 * float(seconds) for seconds in done.stdout.splitlines()[-1].split()])
+    for name, times in zip(("begins", "ends"), zip(*samples, strict=True), strict=True):
+        row.columns[name] = Cell("unchecked", statistics.median(times), min(times), max(times), repeats)
+    return row
+
+
+def start_rows(dtype: str, bench: Bench, *, quick: bool = False) -> Iterator[Callable[[], Row]]:
+    if dtype == "fp32" and bench.device == "cpu":
+        for batch_size in (4,) if quick else (32, 128):
+            yield partial(start_row, 1 if quick else 5, batch_size)
+
+
+TRAINING = {"ema": ema_rows, "loop": loop_rows, "start": start_rows}

@@ -18,6 +18,9 @@ def derive_seed(*path: object) -> int:
 def seed_everything(*path: object) -> None:
     """Seeds torch's generators on every device, and Python's and NumPy's, which a recipe's augmentation may use."""
     seed = derive_seed(*path)
-    torch.manual_seed(seed)
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:  # without the note, with a stack trace, that torch.manual_seed leaves for a GPU that may yet come
+        torch.default_generator.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
