@@ -1,6 +1,6 @@
 """The rows of training data: how soon a folder of many files is ready, and how many images a second come out of one.
 
-python -m benchmarks.data_rows [files] prints them as JSON. Folders and index lie in a temporary folder.
+python -m benchmarks.data_rows [files] prints them as JSON; folders and index lie in a temporary folder and go with it.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def index_row(files: int = 1_000_000, in_each: int = 1000) -> dict[str, float]:
         return row | {"changed_s": seconds(opened)}
 
 
-def write_images(folder: Path, suffix: str, size: int, images: int = IMAGES) -> None:
+def write_images(folder: Path, suffix: str, size: int, images: int) -> None:
     """Images of colours and some noise, which compress somewhat as photos do: ``size`` pixels a side, in 4 classes."""
     rng = np.random.default_rng(0)
     for i in range(images):
@@ -71,7 +71,7 @@ def loader_rows(workers: tuple[int, ...] = (0, 1, 2)) -> list[dict[str, object]]
     rows: list[dict[str, object]] = []
     with cache_of_its_own() as folder:
         for suffix, size in (("jpg", 64), ("png", 32)):
-            write_images(folder / suffix, suffix, size)
+            write_images(folder / suffix, suffix, size, IMAGES)
             for count in workers:
                 first, rate = rate_of(folder / suffix, size, count)
                 row = {"images": f"{size}x{size} {suffix}", "workers": count, "first_batch_s": first, "per_s": rate}

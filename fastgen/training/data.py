@@ -66,6 +66,8 @@ def open_data(
         return Folder(Path(name), split, holdout, channels, image_size, strict)
     if name.endswith(".tar"):
         return Shards(name, split, holdout, channels, image_size, strict)
+    if name.endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")):
+        raise UsageError(f"data: {name} is compressed; unpack it to .tar, from which any image can be read")
     raise UsageError(
         f"data: {name!r} is no folder, no .tar shards and no data set; "
         f"choose one of {', '.join([*DATASETS, *HOLDS])}, or a folder of images"

@@ -35,7 +35,7 @@ def index_folder(root: Path) -> Index:
     return index
 
 
-KNOWN = frozenset(SUFFIXES)
+KNOWN = frozenset(f".{s}" for s in SUFFIXES)
 
 
 class _Walk:
@@ -95,7 +95,7 @@ class _Walk:
                     continue
                 if entry.is_dir():
                     below.append(entry.name)
-                elif entry.name.rpartition(".")[2].lower() in KNOWN and (entry.is_file() or entry.is_symlink()):
+                elif entry.name[entry.name.rfind(".") :].lower() in KNOWN and (entry.is_file() or entry.is_symlink()):
                     images.append(os.fsencode(entry.name))  # a link that leads nowhere is a damaged image
         part = index_cache.entries(sorted(images), os.fsencode(prefix))
         return part, [prefix + n for n in sorted(below, key=os.fsencode)]

@@ -72,6 +72,7 @@ def entries(names: Sequence[bytes], prefix: bytes = b"") -> Part:
 
 def mix(x: np.ndarray) -> np.ndarray:
     """A permutation of the 64-bit numbers that looks random (SplitMix64, Steele, Lea & Flood 2014): uint64 [N]."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

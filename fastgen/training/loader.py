@@ -13,8 +13,9 @@ import os
 import signal
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.util import Finalize
 from typing import NamedTuple
 
 import numpy as np
@@ -72,7 +73,7 @@ class Batches:
 def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
     """0..n-1 in an order of its own for each (seed, epoch), the same in every version of every library: int64 [n]."""
     key = np.array([seed % 2**64, epoch % 2**64], np.uint64)
-    start = mix(mix(mix(key[:1]) + key[1:]))
+    start = mix(mix(key[:1]) + key[1:])
     return np.argsort(mix(start + np.arange(n, dtype=np.uint64)))  # mix is one-to-one: no two are equal
 
 
@@ -102,14 +103,12 @@ class Loader:
         batches = Batches(source, batch_size, seed, shuffle)
         if workers is None:
             workers = 0 if source.in_memory else min(WORKERS, cores())
-        self._workers: list[multiprocessing.process.BaseProcess] = []
         self._batches: Iterator[Pictures | str] = map(batches.__getitem__, itertools.count(start))
+        self._end: Callable[[], None] = lambda: None
         if workers:
-            before = multiprocessing.active_children()
-            self._batches = iter(_data_loader(batches, start, workers))
-            self._workers = [p for p in multiprocessing.active_children() if p not in before]
-            # Python's own clean-up at exit waits for workers which ignore its SIGTERM: close first.
-            self._at_exit = _close_at_exit(weakref.ref(self))
+            self._batches = _Workers(batches, start, workers)
+            # Also when the loader is forgotten, and, before others wait for the workers, when the process ends.
+            self._end = Finalize(self, self._batches.end, exitpriority=10)
 
     @property
     def damaged(self) -> dict[str, str]:
@@ -136,18 +135,52 @@ class Loader:
     def close(self) -> None:
         """Ends the workers; no batch comes any more."""
         self._batches = iter(())
-        for worker in self._workers:
-            if worker.is_alive():  # it hangs, on a file system say, and was told to end
-                worker.kill()
-                worker.join()
-        if self._workers:
-            atexit.unregister(self._at_exit)
-        self._workers = []
+        self._end()
 
 
 def cores() -> int:
     """How many processor cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class _Workers:
+    """The processes of a DataLoader, and their batches in order."""
+
+    def __init__(self, batches: Batches, start: int, workers: int) -> None:
+        before = multiprocessing.active_children()
+        with _signals_held_back():
+            self.batches: Iterator[Pictures | str] = iter(_data_loader(batches, start, workers))
+        self.processes = [p for p in multiprocessing.active_children() if p not in before]
+        atexit.register(self.end)  # runs before DataLoader's own, after which it ends no workers
+
+    def __iter__(self) -> _Workers:
+        return self
+
+    def __next__(self) -> Pictures | str:
+        return next(self.batches)
+
+    def end(self) -> None:
+        """Ends them: asks first, which takes milliseconds, and kills one that hangs, in a file system say."""
+        atexit.unregister(self.end)
+        self.batches = iter(())
+        for process in self.processes:
+            if process.is_alive():
+                process.kill()
+                process.join()
+        self.processes = []
+
+
+@contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """What a new process inherits, until `_begin_worker`; this process gets them afterwards."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _data_loader(batches: Batches, start: int, workers: int) -> DataLoader:
@@ -190,12 +223,3 @@ def _end_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
-
-
-def _close_at_exit(loader: weakref.ref[Loader]) -> Callable[[], None]:
-    def close() -> None:
-        alive = loader()
-        if alive is not None:
-            alive.close()
-
-    return atexit.register(close)

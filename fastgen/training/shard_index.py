@@ -49,7 +49,9 @@ def expand(pattern: str) -> list[str]:
         choices = [str(n).zfill(len(first) if first.startswith("0") else 0) for n in numbers]
     else:
         choices = match[1].split(",")
-    return [rest for c in choices for rest in expand(pattern[: match.start()] + c + pattern[match.end() :])]
+    return list(
+        dict.fromkeys(p for c in choices for p in expand(pattern[: match.start()] + c + pattern[match.end() :]))
+    )
 
 
 def index_shards(pattern: str) -> Index:
@@ -83,7 +85,9 @@ def _read(path: str) -> Part:
             tar.fileobj.seek(tar.offset)
             whole = tar.fileobj.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
     except (tarfile.TarError, EOFError, OSError) as error:
-        raise UsageError(f"data: {path} is no tar file that can be read ({error}); give plain .tar shards") from None
+        raise UsageError(
+            f"data: {path} cannot be read as a tar file ({error}); give whole .tar shards, not compressed"
+        ) from None
     if not whole:
         raise UsageError(f"data: the shard {path} is cut short; make it or copy it anew")
     if not found:
