@@ -1,29 +1,35 @@
 """The rows of training data: how soon a folder of many files is ready, and how many images a second come out of one.
 
-python -m benchmarks.data_rows [files] prints them as JSON; folders and index lie in a temporary folder and go with it.
+python -m benchmarks.data_rows [files [folder]] prints them as JSON, and writes a record into the folder. Images and
+index lie in a temporary one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 from PIL import Image
 
+from benchmarks.record import Record, slug
+from fastgen.training.config import TrainConfig
 from fastgen.training.data import Loader, open_data
+from fastgen.training.ddpm import DDPMRecipe
+from fastgen.training.loop import Trainer
 
 IMAGES, BATCH, SECONDS = 2000, 64, 3.0
 
 
-@contextmanager
+@contextlib.contextmanager
 def cache_of_its_own() -> Iterator[Path]:
     """A temporary folder, whose "cache" holds the indices."""
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, FASTGEN_CACHE=f"{folder}/cache"):
@@ -94,6 +100,47 @@ def rate_of(folder: Path, size: int, workers: int) -> tuple[float, float]:
         loader.close()
 
 
+def waiting_row(steps: int = 12) -> dict[str, object]:
+    """The share of its time that a run waits for images, 64x64 JPEGs, with the workers it takes by itself: the
+    smallest network that has 64 pixels to do, after the first step."""
+    with cache_of_its_own() as folder:
+        write_images(folder / "jpg", "jpg", 64, IMAGES)
+        config = TrainConfig(data=str(folder / "jpg"), preset="mnist", image_size=64, batch_size=32)
+        trainer = Trainer(DDPMRecipe(config), config, folder)
+        waited, started = [0.0], 0.0
+        with contextlib.closing(trainer._loader(0)) as loader:
+            trainer.loader = Timed(loader, waited)  # type: ignore[assignment]
+            for step in range(steps):
+                trainer._train_step()
+                trainer.step += 1
+                if step == 0:
+                    waited[0], started = 0.0, time.perf_counter()
+        total = time.perf_counter() - started
+        return {"batch": 32, "steps": steps - 1, "seconds": total, "waited_s": waited[0], "share": waited[0] / total}
+
+
+class Timed:
+    """A loader that adds up how long its batches are waited for."""
+
+    def __init__(self, loader: Loader, waited: list[float]) -> None:
+        self.loader, self.waited = loader, waited
+
+    def __next__(self) -> object:
+        started = time.perf_counter()
+        batch = next(self.loader)
+        self.waited[0] += time.perf_counter() - started
+        return batch
+
+
+def main(files: int, out: Path | None) -> None:
+    record = asdict(Record("data", "cpu", {}))
+    record["command"] = " ".join(["python -m benchmarks.data_rows", *sys.argv[1:]])
+    record["rows"] = [{"index": index_row(files)}, {"loader": loader_rows()}, {"waiting": waiting_row()}]
+    print(json.dumps(record["rows"], indent=1))
+    if out is not None:
+        stem = f"{record['date'][:10]}-{slug(record['hardware']['cpu'])}-data.json"
+        (out / stem).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
 if __name__ == "__main__":
-    files = int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000
-    print(json.dumps({"index": index_row(files), "loader": loader_rows()}, indent=1))
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000, Path(sys.argv[2]) if len(sys.argv) > 2 else None)

@@ -1060,6 +1060,8 @@ def test_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data_rows.time, "sleep", lambda seconds: None)
     row = data_rows.index_row(20, 10)
     assert row["files"] == 20 and all(row[k] > 0 for k in ("cold_s", "cached_s", "changed_s"))
+    waiting = data_rows.waiting_row(2)
+    assert 0 < waiting["waited_s"] < waiting["seconds"]
     rows = data_rows.loader_rows(workers=(0, 1))
     assert [(r["images"], r["workers"]) for r in rows] == [
         ("64x64 jpg", 0),
