@@ -497,11 +497,11 @@ def test_the_share_that_is_held_out() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"split": "test"}, "holdout: 0 leaves no image of the 30 .* to the test split"),
+        ({"split": "test"}, "holdout: 0 leaves none of the 30 images .* to the test split"),
         ({"holdout": 1.0}, "holdout: must be a share"),
         ({"holdout": -0.1}, "holdout: must be a share"),
         ({"split": "valid"}, "split: must be 'train' or 'test'"),
-        ({"root": "here"}, "root: is for mnist, .*lsun"),
+        ({"root": "here"}, "data_root: is for mnist, .*lsun"),
     ],
 )
 def test_wrong_arguments(folder: Path, arguments: dict[str, Any], words: str) -> None:
@@ -859,14 +859,14 @@ def test_lsun(torchvision: list[Any], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["mnist", "cifar10", "cifar100", "celeba", "lsun"])
 def test_a_root_that_holds_nothing(torchvision: list[Any], tmp_path: Path, name: str) -> None:
-    with pytest.raises(UsageError, match=f"^root: {name} needs the folder that holds .*nothing is downloaded"):
+    with pytest.raises(UsageError, match=f"^data_root: {name} needs the folder that holds .*nothing is downloaded"):
         opened(name)
-    with pytest.raises(UsageError, match=f"^root: .*missing is no folder; {name} needs"):
+    with pytest.raises(UsageError, match=f"^data_root: .*missing is no folder; {name} needs"):
         opened(name, root=tmp_path / "missing")
     (tmp_path / "empty").mkdir()
     if name in ("cifar10", "lsun"):
         with pytest.raises(
-            UsageError, match=f"^root: .*empty must hold .* for {name} .*nothing is downloaded"
+            UsageError, match=f"^data_root: .*empty must hold .* for {name} .*nothing is downloaded"
         ) as error:
             opened(name, root=tmp_path / "empty")
         assert "\n" not in str(error.value)

@@ -54,7 +54,7 @@ def open_data(
     if split not in SPLITS:
         raise UsageError(f"split: must be 'train' or 'test', not {split!r}")
     if root is not None and name not in HOLDS:
-        raise UsageError(f"root: is for {', '.join(HOLDS)}; {name} has none")
+        raise UsageError(f"data_root: is for {', '.join(HOLDS)}; {name} has none")
     if name in DATASETS:
         images, labels = load_dataset(name, split)
         if images.shape[1] != channels:

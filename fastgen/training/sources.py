@@ -155,7 +155,9 @@ class _Indexed(Decoded):
         super().__init__(name, classes, *kind)
         self.index, self.chosen = index, chosen(index, split, holdout)
         if not len(self):
-            raise UsageError(f"holdout: {holdout:g} leaves no image of the {len(index)} of {name} to the {split} split")
+            raise UsageError(
+                f"holdout: {holdout:g} leaves none of the {len(index)} images of {name} to the {split} split; try 0.1"
+            )
 
     def __len__(self) -> int:
         return len(self.index) if self.chosen is None else len(self.chosen)

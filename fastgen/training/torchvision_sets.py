@@ -37,7 +37,7 @@ def open_torchvision(
     """
     if root is None or not os.path.isdir(root):
         given = "" if root is None else f"{root} is no folder; "
-        raise UsageError(f"root: {given}{name} needs the folder that holds {HOLDS[name]} (nothing is downloaded)")
+        raise UsageError(f"data_root: {given}{name} needs the folder that holds {HOLDS[name]} (nothing is downloaded)")
     if name == "celeba":
         arguments: dict[str, Any] = {"split": split, "target_type": [], "download": False}
     elif name == "lsun":
@@ -67,7 +67,7 @@ def _make(name: str, root: str, arguments: dict[str, Any]) -> Any:
 
 
 def _not_there(name: str, root: str | Path, why: str) -> UsageError:
-    return UsageError(f"root: {root} must hold {HOLDS[name]} for {name} ({why}); nothing is downloaded")
+    return UsageError(f"data_root: {root} must hold {HOLDS[name]} for {name} ({why}); nothing is downloaded")
 
 
 def _pixels(name: str, data: Tensor | np.ndarray, channels: int) -> Tensor:
