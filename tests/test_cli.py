@@ -604,7 +604,11 @@ def test_interrupted(run: Any, tiny: Path, here: Path, pictures: None, monkeypat
     train = ["train", "ddpm", "--preset", "tiny", "--out", "run", "-q"]
     monkeypatch.setattr(DDPMRecipe, "__init__", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     said = "error: interrupted by SIGINT; what was saved before stays; --resume auto goes on from there\n"
-    assert run(*train) == Result(130, "", said) and os.listdir(here) == []
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        assert run(*train) == Result(130, "", said) and os.listdir(here) == []
+    finally:
+        signal.signal(signal.SIGINT, before)
     monkeypatch.setattr(metrics, "evaluate", stop)
     assert run("evaluate", tiny) == Result(2, "", "error: interrupted\n")
 
