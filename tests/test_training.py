@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import csv
+import errno
 import functools
 import hashlib
+import itertools
 import math
 import os
 import re
+import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -25,14 +29,15 @@ import fastgen
 from fastgen.checkpoint import checkpoints_of, verify
 from fastgen.models.classifier import Classifier
 from fastgen.models.unet import PRESETS
-from fastgen.training import classifier, data
+from fastgen.training import classifier, data, loop
 from fastgen.training.classifier import ClassifierRecipe
 from fastgen.training.config import TrainConfig
 from fastgen.training.data import Loader, load_dataset, random_affine, random_flip
 from fastgen.training.ddpm import DDPMRecipe
-from fastgen.training.logs import COLUMNS
-from fastgen.training.loop import Trainer, start_or_resume
+from fastgen.training.logs import COLUMNS, Log
+from fastgen.training.loop import Trainer, Validation, start_or_resume
 from fastgen.training.recipes import network_and_data
+from fastgen.training.seeding import seed_everything
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -132,7 +137,8 @@ def test_resumes_to_the_same_bits(tmp_path: Path, precision: str) -> None:
 def test_an_ended_run_resumes_to_nothing(tmp_path: Path) -> None:
     last = train(tmp_path)
     before = bits(last)
-    assert train(tmp_path, resume="auto") == last and bits(last) == before
+    assert train(tmp_path, resume="auto", saved=lambda path: pytest.fail("it is saved again")) == last
+    assert bits(last) == before
 
 
 def test_resume_auto_in_a_new_folder_starts(tmp_path: Path) -> None:
@@ -208,6 +214,60 @@ def test_a_folder_with_a_run_is_refused(tmp_path: Path) -> None:
 def test_unknown_resume(tmp_path: Path) -> None:
     with pytest.raises(fastgen.UsageError, match=r"^resume: must be 'auto'"):
         train(tmp_path, resume="latest")
+
+
+def test_a_damaged_checkpoint_gives_way_to_older_steps(tmp_path: Path) -> None:
+    """Not the other way round: it counts as the newest by its name, and one more interruption would cost the run."""
+    train(tmp_path)
+    file = tmp_path / "step-00000012" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    config = replace(CONFIG, save_every=2, keep=1)
+    with pytest.warns(UserWarning, match="going on from"):
+        trainer = start_or_resume(DDPMRecipe(config), config, tmp_path, "auto")
+    assert trainer._last_good().endswith("step-00000006")
+
+    def stop(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(progress=False, on_save=stop)
+    assert names(tmp_path) == ["step-00000008"] and trainer._last_good().endswith("step-00000008")
+
+
+def test_a_run_that_another_process_took_further_meanwhile(tmp_path: Path) -> None:
+    """Between the reading of the checkpoint and the lock."""
+    config = replace(CONFIG, steps=2)
+    late = start_or_resume(DDPMRecipe(config), config, tmp_path, "auto")
+    last = train(tmp_path, config, "auto")
+    before = bits(last)
+    with pytest.raises(fastgen.UsageError, match=r"^out: another process has trained in .* in the meantime"):
+        late.run(progress=False)
+    assert bits(last) == before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks there")
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*args: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", none)
+    with pytest.warns(UserWarning, match=r"cannot be locked \(Function not implemented\): see to it that no other"):
+        assert train(tmp_path, replace(CONFIG, steps=1)).name == "step-00000001"
+
+
+def test_the_start_is_not_kept_as_the_best(tmp_path: Path) -> None:
+    config = replace(CONFIG, steps=2, save_every=1, keep=1)
+    trainer = Trainer(DDPMRecipe(config), config, tmp_path)
+    trainer.save()  # as after a signal before the first step
+    trainer.run(progress=False)
+    assert names(tmp_path) == ["step-00000002"]
+
+
+def test_a_run_of_a_trainer_that_has_run(tmp_path: Path) -> None:
+    config = replace(CONFIG, steps=1)
+    trainer = start_or_resume(DDPMRecipe(config), config, tmp_path, None)
+    assert trainer.run(progress=False) == trainer.run(progress=False) == tmp_path / "step-00000001"
+    assert len(log(tmp_path)) == 2
 
 
 def test_keeps_the_two_newest(tmp_path: Path) -> None:
@@ -420,6 +480,40 @@ def test_validation_is_of_the_average_on_held_out_images(tmp_path: Path) -> None
     assert trainer.recipe.model.training, "and the model itself trains on"
 
 
+def test_validation_is_the_mean_over_whole_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batch i with the noise of (seed, i), and so many images at most, also where a batch has more."""
+    trainer = Trainer(*(lambda c: (DDPMRecipe(c), c))(replace(CONFIG, validate_every=1)), tmp_path)
+    for most, size, count in ((20, 8, 2), (4, 4, 1)):
+        monkeypatch.setattr(loop, "VALIDATION_IMAGES", most)
+        loader, losses = Loader(trainer.recipe.held_out, size, seed=0, shuffle=False), []
+        for i in range(count):
+            seed_everything(CONFIG.seed, "validation", i)
+            with torch.no_grad():
+                losses.append(trainer.recipe.loss(trainer.average(), *next(loader)).item())
+        trainer.step += 5
+        assert trainer.validate() == pytest.approx(sum(losses) / count, rel=1e-6)
+
+
+def test_validates_after_the_last_step_and_takes_no_nan_for_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([math.nan, 2.0, 3.0])
+    monkeypatch.setattr(Trainer, "validate", lambda self, stop=None: next(losses))
+    config = replace(CONFIG, steps=5, validate_every=2)
+    trainer = Trainer(DDPMRecipe(config), config, tmp_path)
+    trainer.run(progress=False)
+    assert trainer.validation == Validation(2.0, 4, 1) and [row[0] for row in log(tmp_path)[1:]] == ["2", "4", "5"]
+
+
+def test_the_average_has_the_buffers(tmp_path: Path) -> None:
+    recipe = DDPMRecipe(CONFIG)
+    recipe.model.register_buffer("seen", torch.zeros(()))
+    trainer = Trainer(recipe, CONFIG, tmp_path)
+    assert trainer.average().seen == 0
+    recipe.model.seen += 1
+    assert trainer.average().seen == 1 and load_file(trainer.save() / "model.safetensors")["seen"] == 1
+
+
 def test_stops_early_and_keeps_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = iter([3.0, 2.0, 2.5, 2.0, 1.0])
     monkeypatch.setattr(Trainer, "validate", lambda self, stop=None: next(losses))
@@ -464,6 +558,21 @@ def test_log(tmp_path: Path) -> None:
     assert [float(row[3]) for row in rows] == [5e-4, 1e-3, 1e-3] and all(float(row[4]) > 0 for row in rows)
 
 
+def test_images_per_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all batches since the last line, on a clock that goes on by a second when it is looked at."""
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=functools.partial(next, itertools.count())))
+    config = replace(CONFIG, batch_size=4, accumulate=2, log_every=2)
+    train(tmp_path, replace(config, steps=5))
+    train(tmp_path, replace(config, steps=6), "auto")
+    assert [row[4] for row in log(tmp_path)[1:]] == ["16.0", "16.0", "8.0", "8.0"]
+
+
+def test_what_a_killed_run_left_is_swept(tmp_path: Path) -> None:
+    (tmp_path / ".fastgen-0123abcd-step-00000001").mkdir()
+    train(tmp_path, replace(CONFIG, steps=1))
+    assert not list(tmp_path.glob(".fastgen-*"))
+
+
 def test_a_log_that_was_cut_off_or_is_anothers(tmp_path: Path) -> None:
     config = replace(CONFIG, steps=4, log_every=1, save_every=2)
     train(tmp_path, config)
@@ -499,9 +608,25 @@ def test_tensorboard_and_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **kwargs: told.append(kwargs) or Run()))
     train(tmp_path, replace(CONFIG, steps=1, tensorboard=True, wandb=True))
-    assert told[0] == (str(tmp_path / "tensorboard"), None) and told[1]["config"]["lr"] == CONFIG.lr
+    assert told[0] == (str(tmp_path / "tensorboard"), 1) and told[1]["config"]["lr"] == CONFIG.lr
     assert ("loss", 1) in told and (["grad_norm", "images_per_s", "loss", "lr"], 1) in told
     assert told[-2:] == ["finished", "closed"]
+    first, told[:] = told[1], []
+    train(tmp_path, replace(CONFIG, steps=2, tensorboard=True, wandb=True), "auto")
+    assert told[0][1] == 2 and told[1]["id"] == first["id"] and told[1]["resume"] == "allow"
+    shutil.rmtree(tmp_path / "step-00000002")
+    shutil.rmtree(tmp_path / "step-00000001")
+    told.clear()
+    train(tmp_path, replace(CONFIG, steps=1, wandb=True))
+    assert told[0]["id"] != first["id"], "a new run, though its folder has the same name"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_log_on_a_full_disk_is_named(tmp_path: Path) -> None:
+    with Log(tmp_path, 0, CONFIG) as log:
+        (tmp_path / "log.csv").symlink_to("/dev/full")
+        with pytest.raises(OSError, match=r"No space left on device: '.*log\.csv'"):
+            log.write(step=1, loss=1.0)
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
@@ -524,10 +649,10 @@ def looks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
 
     def init(self: Trainer, *args: Any) -> None:
         real(self, *args)
-        self._looks = 3
+        self._looks = 4
 
     monkeypatch.setattr(Trainer, "__init__", init)
-    return 3
+    return 4
 
 
 def spoiled(config: TrainConfig, out: Path, spoil: Callable[[Trainer, Tensor], Tensor]) -> Trainer:
@@ -585,6 +710,36 @@ def test_names_the_module_whose_gradient_is_not_finite(tmp_path: Path, looks: in
     assert all(p.isfinite().all() for p in trainer.params.values())
 
 
+@pytest.mark.parametrize("due", ["save_every", "log_every", "validate_every", "sample_every", "stop", None])
+def test_on_a_gpu_it_looks_before_it_makes_anything_of_a_step(tmp_path: Path, due: str | None) -> None:
+    """Before what is due after step 2, the save at a signal, and after so many steps where nothing is."""
+    rare = replace(CONFIG, save_every=100, log_every=100, steps=50)
+    config = replace(rare, **{due: 2}) if due and due != "stop" else rare
+    trainer = spoiled(config, tmp_path, lambda trainer, loss: loss * math.nan)
+    trainer._looks = 4
+    trainer.recipe.grid = lambda network: pytest.fail("it draws")
+    taken, real = [], trainer._train_step
+
+    def step() -> None:
+        real()
+        taken.append(trainer.step)
+        if due == "stop" and trainer.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer._train_step = step
+    with pytest.raises(FloatingPointError, match=r"^step 1: "):
+        trainer.run(progress=False)
+    assert taken == list(range(2 if due else 4))
+    assert sorted(os.listdir(tmp_path)) == [".lock", "config.json"]
+
+
+def test_gradients_that_explode(tmp_path: Path) -> None:
+    """Each is a number still, their norm no more."""
+    trainer = spoiled(CONFIG, tmp_path, lambda trainer, loss: loss * 1e25)
+    with pytest.raises(FloatingPointError, match=r"^step 1: .*every gradient is finite, but their norm is beyond"):
+        trainer.run(progress=False)
+
+
 def test_a_nan_that_does_not_come_again(tmp_path: Path) -> None:
     once = iter([1.0, math.nan])
     trainer = spoiled(CONFIG, tmp_path, lambda trainer, loss: loss * next(once, 1.0))
@@ -618,6 +773,15 @@ def test_a_nan_that_does_not_come_again(tmp_path: Path) -> None:
         ({"workers": -1}, "workers: "),
         ({"image_size": 0}, "image-size: "),
         ({"patience": 2}, "patience: needs --validate-every"),
+        ({"seed": 2**64}, "seed: must be from -2"),
+        ({"steps": 1.5}, "steps: must be a whole number, not 1.5"),
+        ({"steps": True}, "steps: must be a whole number, not True"),
+        ({"lr": "fast"}, "lr: must be a number, not 'fast'"),
+        ({"augment": "no"}, "augment: must be true or false, not 'no'"),
+        ({"data": None}, "data: must be text, not None"),
+        ({"ema_decay": "much"}, "ema-decay: must be one number or several, not 'much'"),
+        ({"ema_decay": (0.5, None)}, "ema-decay: must be one number or several"),
+        ({"ema_decay": True}, "ema-decay: must be one number or several, not True"),
     ],
 )
 def test_wrong_settings(change: dict[str, Any], words: str) -> None:
@@ -817,3 +981,6 @@ def test_progress(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         Trainer(DDPMRecipe(config), config, tmp_path / folder).run(progress=progress)
         err = capfd.readouterr().err
         assert ("2/2" in err and "loss" in err) == shown and bool(err) == shown
+    config = replace(config, steps=3)
+    start_or_resume(DDPMRecipe(config), config, tmp_path / "a", "auto").run(progress=True)
+    assert "3/3" in capfd.readouterr().err, "the steps before count"
