@@ -211,6 +211,11 @@ def test_the_second_signal_ends_at_once() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_signal_that_nobody_waits_for_ends_at_once() -> None:
+    with pytest.raises(Stopped), StopRequest():
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 def test_ignored_signals_stay_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as nohup does
     try:

@@ -7,6 +7,7 @@ import errno
 import functools
 import hashlib
 import itertools
+import json
 import math
 import os
 import re
@@ -14,7 +15,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,9 +35,11 @@ from fastgen.training.classifier import ClassifierRecipe
 from fastgen.training.config import TrainConfig
 from fastgen.training.data import Loader, load_dataset, random_affine, random_flip
 from fastgen.training.ddpm import DDPMRecipe
+from fastgen.training.divergence import explain
 from fastgen.training.logs import COLUMNS, Log
 from fastgen.training.loop import Trainer, Validation, start_or_resume
 from fastgen.training.recipes import network_and_data
+from fastgen.training.run_folder import list_damaged
 from fastgen.training.seeding import seed_everything
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -163,6 +166,22 @@ def test_settings_that_do_not_matter_may_change(tmp_path: Path) -> None:
     assert train(tmp_path, replace(CONFIG, steps=3, save_every=2, keep=3, cooldown=1), "auto").name == "step-00000003"
     with pytest.raises(fastgen.UsageError, match=r"^resume: .*cooldown"):  # its cooldown has begun
         train(tmp_path, replace(CONFIG, steps=4), "auto")
+
+
+def test_what_may_change_in_a_run() -> None:
+    """Nothing that makes other steps."""
+    others = {"data_root": "/data", "strict": True, "tensorboard": True, "wandb": True}
+    free = {f.name for f in fields(TrainConfig) if not differing(f.name, others.get(f.name))}
+    assert free == {
+        "cooldown", "data_root", "keep", "log_every", "sample_every", "save_every", "steps", "strict", "tensorboard",
+        "wandb", "workers",
+    }  # fmt: skip
+
+
+def differing(name: str, value: Any) -> list[str]:
+    saved = json.loads(json.dumps(asdict(CONFIG)))
+    saved[name] = value if value is not None else (saved[name] or 0) + 1 if isinstance(saved[name], int) else "other"
+    return CONFIG.differences(saved, step=1)
 
 
 def test_a_checkpoint_that_holds_no_run_is_refused(tmp_path: Path) -> None:
@@ -315,6 +334,7 @@ def test_average_is_the_formula(tmp_path: Path) -> None:
         ({"schedule": "linear", "warmup": 2, "steps": 6}, [0.5, 1, 1, 0.75, 0.5, 0.25]),
         ({"schedule": "cosine", "warmup": 2, "steps": 6}, [0.5, 1, 1, 0.8535534, 0.5, 0.1464466]),
         ({"warmup": 0, "steps": 2}, [1, 1]),
+        ({"warmup": 4, "cooldown": 10}, [0.25, 0.5, 0.75, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]),
         ({"warmup": 9, "schedule": "cosine", "steps": 3}, [1 / 9, 0.0, 0.0]),
     ],
 )
@@ -567,6 +587,15 @@ def test_images_per_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert [row[4] for row in log(tmp_path)[1:]] == ["16.0", "16.0", "8.0", "8.0"]
 
 
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="file names are not bytes there")
+def test_damaged_images_are_listed(tmp_path: Path) -> None:
+    """Those of the run before it was stopped too, whatever their names are."""
+    name = os.fsdecode(b"b\xff.png")
+    for found in ({name: "cut off"}, {"a.png": "empty"}, {name: "cut off"}):
+        list_damaged(tmp_path, found)
+    assert (tmp_path / "damaged.txt").read_bytes() == b"a.png\tempty\nb\xff.png\tcut off\n"
+
+
 def test_what_a_killed_run_left_is_swept(tmp_path: Path) -> None:
     (tmp_path / ".fastgen-0123abcd-step-00000001").mkdir()
     train(tmp_path, replace(CONFIG, steps=1))
@@ -577,7 +606,7 @@ def test_a_log_that_was_cut_off_or_is_anothers(tmp_path: Path) -> None:
     config = replace(CONFIG, steps=4, log_every=1, save_every=2)
     train(tmp_path, config)
     text = (tmp_path / "log.csv").read_text()
-    (tmp_path / "log.csv").write_text(text + "9,0.1,1,1,1,\n5,0.3")
+    (tmp_path / "log.csv").write_text(text + "9,0.1,1,1,1,\n4,0.3")
     train(tmp_path, replace(config, steps=5), "auto")
     assert [row[0] for row in log(tmp_path)[1:]] == ["1", "2", "3", "4", "5"]
     (tmp_path / "log.csv").write_text("step,loss\n1,2\n")
@@ -707,7 +736,21 @@ def test_names_the_module_whose_gradient_is_not_finite(tmp_path: Path, looks: in
     words = rf"^step 3: .*the loss is finite; backwards .* gradient of {re.escape(name)} \(Linear\), at its weight; "
     with pytest.raises(FloatingPointError, match=words):
         trainer.run(progress=False)
-    assert all(p.isfinite().all() for p in trainer.params.values())
+    assert all(p.isfinite().all() and p.grad is None for p in trainer.params.values())
+
+
+def test_explaining_names_the_first_gradient_and_leaves_nothing() -> None:
+    """Backwards: of the layers before the one whose gradient is NaN, the last."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(3)))
+
+    def losses() -> Iterator[Tensor]:
+        hidden = model[1](model[0](torch.ones(1, 2)))
+        hidden.register_hook(lambda grad: grad * math.nan)
+        yield model[2](hidden).sum()
+
+    assert "in the gradient of 1 (Linear), at its " in explain(model, losses)
+    assert all(p.grad is None and not p._post_accumulate_grad_hooks for p in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 @pytest.mark.parametrize("due", ["save_every", "log_every", "validate_every", "sample_every", "stop", None])

@@ -107,10 +107,13 @@ def newest_verified(out: Path) -> Path:
 
 
 def list_damaged(out: Path, damaged: dict[str, str]) -> None:
-    """Writes damaged.txt, an image and what is wrong with it a line, where there are any."""
-    if damaged:
-        with atomic.atomic_file(out / "damaged.txt") as file:
-            file.write_text("".join(f"{path}\t{why}\n" for path, why in sorted(damaged.items())), encoding="utf-8")
+    """Adds to damaged.txt the images that it has not yet, each with what is wrong with it on a line."""
+    place, lines = out / "damaged.txt", {f"{path}\t{why}\n" for path, why in damaged.items()}
+    coding = {"encoding": "utf-8", "errors": "surrogateescape"}  # a file's name may be any bytes
+    if place.exists():  # what the run met before it was stopped
+        lines |= {f"{line}\n" for line in place.read_text(**coding).split("\n")[:-1]}
+    with atomic.atomic_file(place) as file:
+        file.write_text("".join(sorted(lines)), **coding)
 
 
 def write(trainer: Trainer, keep_also: int) -> Path:
