@@ -597,7 +597,7 @@ def test_damaged_images_are_listed(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_run_left_is_swept(tmp_path: Path) -> None:
-    (tmp_path / ".fastgen-0123abcd-step-00000001").mkdir()
+    (tmp_path / ".fastgen-0123abcd-step-00000009").mkdir()
     train(tmp_path, replace(CONFIG, steps=1))
     assert not list(tmp_path.glob(".fastgen-*"))
 

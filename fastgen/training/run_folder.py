@@ -5,6 +5,7 @@ OUT/log.csv              see logs.py
 OUT/step-00001000/       a checkpoint: the average as the model, and training.safetensors
 OUT/samples/             pictures, if they were asked for
 OUT/damaged.txt          images that could not be read, and why
+OUT/wandb.id             the run at Weights & Biases, if it was asked for
 """
 
 from __future__ import annotations
