@@ -389,10 +389,7 @@ def _train(
     recipe = recipe or before
     if "ema_decay" in settings:
         settings["ema_decay"] = tuple(_numbers(settings["ema_decay"], float, "ema-decay", "0.9995,0.999"))
-    try:
-        made = TrainConfig(**values | settings)
-    except TypeError as error:
-        raise UsageError(f"config: {config} has a setting of the wrong kind ({error})") from None
+    made = TrainConfig(**values | settings)
 
     from fastgen.backends import check_device, default_device  # torch, which takes a second
     from fastgen.training.loop import start_or_resume

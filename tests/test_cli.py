@@ -707,7 +707,8 @@ def test_a_config_makes_the_same_run(run: Any, here: Path, pictures: None) -> No
         ("[]", "config: config.json is no config.json of a training run"),
         ('{"recipe": "ddpm"}', "config: config.json is no config.json of a training run"),
         ('{"recipe": "ddpm", "settings": {"colour": 1}}', "settings that this fastgen does not know: colour"),
-        ('{"recipe": "ddpm", "settings": {"steps": "many"}}', "config: config.json has a setting of the wrong kind"),
+        ('{"recipe": "ddpm", "settings": {"steps": "many"}}', "steps: must be a whole number, not 'many'"),
+        ('{"recipe": ["ddpm"], "settings": {}}', "recipe: must be ddpm or classifier, not"),
         ('{"recipe": "gan", "settings": {}}', "recipe: must be ddpm or classifier, not 'gan'"),
     ],
 )

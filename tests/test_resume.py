@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -16,9 +17,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.reliability.resume import BASE, PRESETS, pictures, resume_at_every_step
+from benchmarks.reliability.resume import BASE, PRESETS, pictures, resume_at_every_step, trainer
 from fastgen.training import loop, run_folder
+from fastgen.training.config import TrainConfig
 from fastgen.training.ema import EMA
+from fastgen.training.logs import Log
 from fastgen.training.loop import Trainer, Validation
 from fastgen.training.registry import RECIPES
 from fastgen.training.stopping import Stopped, StopRequest
@@ -149,6 +152,54 @@ def test_a_defect_in_stopping_is_found(phase: str, patch: str, words: str) -> No
     assert any(words in failure for failure in found["failures"]), found
 
 
+@pytest.fixture
+def config(tmp_path: Path) -> TrainConfig:
+    """A classifier's run of one step, after which something is drawn."""
+    data = str(pictures(tmp_path / "pictures"))
+    return replace(BASE, data=data, preset="digits-tiny", steps=1, cooldown=0, validate_every=0, sample_every=1)
+
+
+def stopped_in_drawing(config: TrainConfig, out: Path) -> Trainer:
+    run = trainer("classifier", config, out)
+    run.recipe.grid = lambda network: os.kill(os.getpid(), signal.SIGTERM)
+    run.run(progress=False)
+    assert run.stopped_by == signal.SIGTERM and run.step == 1 and not run.finished
+    return run
+
+
+def test_a_validation_that_is_made_again_is_judged_once(tmp_path: Path, config: TrainConfig) -> None:
+    """After a signal in the drawing: else the best would be its own better, and cost patience."""
+    config = replace(config, validate_every=1)
+    stopped_in_drawing(config, tmp_path / "run")
+    run = trainer("classifier", config, tmp_path / "run", "auto")
+    assert run.validation == Validation()
+    run.run(progress=False)
+    assert run.validation == Validation(run.validate(), 1, 0)
+
+
+def test_the_line_of_a_step_is_logged_once(tmp_path: Path, config: TrainConfig) -> None:
+    """Where the run that wrote it after the checkpoint of an unfinished step was killed."""
+    out, config = tmp_path / "run", replace(config, steps=2, log_every=1, save_every=9)
+    stopped_in_drawing(config, out)
+    for killed in (True, False):
+        run = trainer("classifier", config, out, "auto")
+        assert run.step == 1 and not run.finished
+        if killed:
+            run._train_step = lambda: 1 / 0
+        with pytest.raises(ZeroDivisionError) if killed else contextlib.nullcontext():
+            run.run(progress=False)
+        lines = (out / "log.csv").read_text().splitlines()
+        assert [line.split(",")[0] for line in lines] == ["step", "1", "2"][: 2 if killed else 3]
+
+
+def test_a_signal_while_the_run_is_closed(tmp_path: Path, config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While wandb ends its upload, say: it was taken, so it is told."""
+    monkeypatch.setattr(Log, "__exit__", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    run = trainer("classifier", config, tmp_path / "run")
+    run.run(progress=False)
+    assert run.stopped_by == signal.SIGTERM
+
+
 def test_the_second_signal_ends_at_once() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Stopped) as caught, StopRequest() as stop:
@@ -158,6 +209,11 @@ def test_the_second_signal_ends_at_once() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
     assert caught.value.signal == signal.SIGTERM and str(caught.value) == "SIGTERM"
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_signal_that_nobody_waits_for_ends_at_once() -> None:
+    with pytest.raises(Stopped), StopRequest():
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_ignored_signals_stay_ignored(monkeypatch: pytest.MonkeyPatch) -> None:

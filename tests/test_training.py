@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import csv
+import errno
 import functools
 import hashlib
+import itertools
+import json
 import math
 import os
 import re
+import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,14 +30,17 @@ import fastgen
 from fastgen.checkpoint import checkpoints_of, verify
 from fastgen.models.classifier import Classifier
 from fastgen.models.unet import PRESETS
-from fastgen.training import classifier, data
+from fastgen.training import classifier, data, loop
 from fastgen.training.classifier import ClassifierRecipe
 from fastgen.training.config import TrainConfig
 from fastgen.training.data import Loader, load_dataset, random_affine, random_flip
 from fastgen.training.ddpm import DDPMRecipe
-from fastgen.training.logs import COLUMNS
-from fastgen.training.loop import Trainer, start_or_resume
+from fastgen.training.divergence import explain
+from fastgen.training.logs import COLUMNS, Log
+from fastgen.training.loop import Trainer, Validation, start_or_resume
 from fastgen.training.recipes import network_and_data
+from fastgen.training.run_folder import list_damaged
+from fastgen.training.seeding import seed_everything
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -132,7 +140,8 @@ def test_resumes_to_the_same_bits(tmp_path: Path, precision: str) -> None:
 def test_an_ended_run_resumes_to_nothing(tmp_path: Path) -> None:
     last = train(tmp_path)
     before = bits(last)
-    assert train(tmp_path, resume="auto") == last and bits(last) == before
+    assert train(tmp_path, resume="auto", saved=lambda path: pytest.fail("it is saved again")) == last
+    assert bits(last) == before
 
 
 def test_resume_auto_in_a_new_folder_starts(tmp_path: Path) -> None:
@@ -157,6 +166,22 @@ def test_settings_that_do_not_matter_may_change(tmp_path: Path) -> None:
     assert train(tmp_path, replace(CONFIG, steps=3, save_every=2, keep=3, cooldown=1), "auto").name == "step-00000003"
     with pytest.raises(fastgen.UsageError, match=r"^resume: .*cooldown"):  # its cooldown has begun
         train(tmp_path, replace(CONFIG, steps=4), "auto")
+
+
+def test_what_may_change_in_a_run() -> None:
+    """Nothing that makes other steps."""
+    others = {"data_root": "/data", "strict": True, "tensorboard": True, "wandb": True}
+    free = {f.name for f in fields(TrainConfig) if not differing(f.name, others.get(f.name))}
+    assert free == {
+        "cooldown", "data_root", "keep", "log_every", "sample_every", "save_every", "steps", "strict", "tensorboard",
+        "wandb", "workers",
+    }  # fmt: skip
+
+
+def differing(name: str, value: Any) -> list[str]:
+    saved = json.loads(json.dumps(asdict(CONFIG)))
+    saved[name] = value if value is not None else (saved[name] or 0) + 1 if isinstance(saved[name], int) else "other"
+    return CONFIG.differences(saved, step=1)
 
 
 def test_a_checkpoint_that_holds_no_run_is_refused(tmp_path: Path) -> None:
@@ -208,6 +233,60 @@ def test_a_folder_with_a_run_is_refused(tmp_path: Path) -> None:
 def test_unknown_resume(tmp_path: Path) -> None:
     with pytest.raises(fastgen.UsageError, match=r"^resume: must be 'auto'"):
         train(tmp_path, resume="latest")
+
+
+def test_a_damaged_checkpoint_gives_way_to_older_steps(tmp_path: Path) -> None:
+    """Not the other way round: it counts as the newest by its name, and one more interruption would cost the run."""
+    train(tmp_path)
+    file = tmp_path / "step-00000012" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    config = replace(CONFIG, save_every=2, keep=1)
+    with pytest.warns(UserWarning, match="going on from"):
+        trainer = start_or_resume(DDPMRecipe(config), config, tmp_path, "auto")
+    assert trainer._last_good().endswith("step-00000006")
+
+    def stop(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(progress=False, on_save=stop)
+    assert names(tmp_path) == ["step-00000008"] and trainer._last_good().endswith("step-00000008")
+
+
+def test_a_run_that_another_process_took_further_meanwhile(tmp_path: Path) -> None:
+    """Between the reading of the checkpoint and the lock."""
+    config = replace(CONFIG, steps=2)
+    late = start_or_resume(DDPMRecipe(config), config, tmp_path, "auto")
+    last = train(tmp_path, config, "auto")
+    before = bits(last)
+    with pytest.raises(fastgen.UsageError, match=r"^out: another process has trained in .* in the meantime"):
+        late.run(progress=False)
+    assert bits(last) == before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks there")
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*args: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", none)
+    with pytest.warns(UserWarning, match=r"cannot be locked \(Function not implemented\): see to it that no other"):
+        assert train(tmp_path, replace(CONFIG, steps=1)).name == "step-00000001"
+
+
+def test_the_start_is_not_kept_as_the_best(tmp_path: Path) -> None:
+    config = replace(CONFIG, steps=2, save_every=1, keep=1)
+    trainer = Trainer(DDPMRecipe(config), config, tmp_path)
+    trainer.save()  # as after a signal before the first step
+    trainer.run(progress=False)
+    assert names(tmp_path) == ["step-00000002"]
+
+
+def test_a_run_of_a_trainer_that_has_run(tmp_path: Path) -> None:
+    config = replace(CONFIG, steps=1)
+    trainer = start_or_resume(DDPMRecipe(config), config, tmp_path, None)
+    assert trainer.run(progress=False) == trainer.run(progress=False) == tmp_path / "step-00000001"
+    assert len(log(tmp_path)) == 2
 
 
 def test_keeps_the_two_newest(tmp_path: Path) -> None:
@@ -278,6 +357,7 @@ def test_average_is_the_formula(tmp_path: Path) -> None:
         ({"schedule": "linear", "warmup": 2, "steps": 6}, [0.5, 1, 1, 0.75, 0.5, 0.25]),
         ({"schedule": "cosine", "warmup": 2, "steps": 6}, [0.5, 1, 1, 0.8535534, 0.5, 0.1464466]),
         ({"warmup": 0, "steps": 2}, [1, 1]),
+        ({"warmup": 4, "cooldown": 10}, [0.25, 0.5, 0.75, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]),
         ({"warmup": 9, "schedule": "cosine", "steps": 3}, [1 / 9, 0.0, 0.0]),
     ],
 )
@@ -443,6 +523,40 @@ def test_validation_is_of_the_average_on_held_out_images(tmp_path: Path) -> None
     assert trainer.recipe.model.training, "and the model itself trains on"
 
 
+def test_validation_is_the_mean_over_whole_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batch i with the noise of (seed, i), and so many images at most, also where a batch has more."""
+    trainer = Trainer(*(lambda c: (DDPMRecipe(c), c))(replace(CONFIG, validate_every=1)), tmp_path)
+    for most, size, count in ((20, 8, 2), (4, 4, 1)):
+        monkeypatch.setattr(loop, "VALIDATION_IMAGES", most)
+        loader, losses = Loader(trainer.recipe.held_out, size, seed=0, shuffle=False), []
+        for i in range(count):
+            seed_everything(CONFIG.seed, "validation", i)
+            with torch.no_grad():
+                losses.append(trainer.recipe.loss(trainer.average(), *next(loader)).item())
+        trainer.step += 5
+        assert trainer.validate() == pytest.approx(sum(losses) / count, rel=1e-6)
+
+
+def test_validates_after_the_last_step_and_takes_no_nan_for_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([math.nan, 2.0, 3.0])
+    monkeypatch.setattr(Trainer, "validate", lambda self, stop=None: next(losses))
+    config = replace(CONFIG, steps=5, validate_every=2)
+    trainer = Trainer(DDPMRecipe(config), config, tmp_path)
+    trainer.run(progress=False)
+    assert trainer.validation == Validation(2.0, 4, 1) and [row[0] for row in log(tmp_path)[1:]] == ["2", "4", "5"]
+
+
+def test_the_average_has_the_buffers(tmp_path: Path) -> None:
+    recipe = DDPMRecipe(CONFIG)
+    recipe.model.register_buffer("seen", torch.zeros(()))
+    trainer = Trainer(recipe, CONFIG, tmp_path)
+    assert trainer.average().seen == 0
+    recipe.model.seen += 1
+    assert trainer.average().seen == 1 and load_file(trainer.save() / "model.safetensors")["seen"] == 1
+
+
 def test_stops_early_and_keeps_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = iter([3.0, 2.0, 2.5, 2.0, 1.0])
     monkeypatch.setattr(Trainer, "validate", lambda self, stop=None: next(losses))
@@ -487,11 +601,35 @@ def test_log(tmp_path: Path) -> None:
     assert [float(row[3]) for row in rows] == [5e-4, 1e-3, 1e-3] and all(float(row[4]) > 0 for row in rows)
 
 
+def test_images_per_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all batches since the last line, on a clock that goes on by a second when it is looked at."""
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=functools.partial(next, itertools.count())))
+    config = replace(CONFIG, batch_size=4, accumulate=2, log_every=2)
+    train(tmp_path, replace(config, steps=5))
+    train(tmp_path, replace(config, steps=6), "auto")
+    assert [row[4] for row in log(tmp_path)[1:]] == ["16.0", "16.0", "8.0", "8.0"]
+
+
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="file names are not bytes there")
+def test_damaged_images_are_listed(tmp_path: Path) -> None:
+    """Those of the run before it was stopped too, whatever their names are."""
+    name = os.fsdecode(b"b\xff.png")
+    for found in ({name: "cut off"}, {"a.png": "empty"}, {name: "cut off"}):
+        list_damaged(tmp_path, found)
+    assert (tmp_path / "damaged.txt").read_bytes() == b"a.png\tempty\nb\xff.png\tcut off\n"
+
+
+def test_what_a_killed_run_left_is_swept(tmp_path: Path) -> None:
+    (tmp_path / ".fastgen-0123abcd-step-00000009").mkdir()
+    train(tmp_path, replace(CONFIG, steps=1))
+    assert not list(tmp_path.glob(".fastgen-*"))
+
+
 def test_a_log_that_was_cut_off_or_is_anothers(tmp_path: Path) -> None:
     config = replace(CONFIG, steps=4, log_every=1, save_every=2)
     train(tmp_path, config)
     text = (tmp_path / "log.csv").read_text()
-    (tmp_path / "log.csv").write_text(text + "9,0.1,1,1,1,\n5,0.3")
+    (tmp_path / "log.csv").write_text(text + "9,0.1,1,1,1,\n4,0.3")
     train(tmp_path, replace(config, steps=5), "auto")
     assert [row[0] for row in log(tmp_path)[1:]] == ["1", "2", "3", "4", "5"]
     (tmp_path / "log.csv").write_text("step,loss\n1,2\n")
@@ -522,9 +660,25 @@ def test_tensorboard_and_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **kwargs: told.append(kwargs) or Run()))
     train(tmp_path, replace(CONFIG, steps=1, tensorboard=True, wandb=True))
-    assert told[0] == (str(tmp_path / "tensorboard"), None) and told[1]["config"]["lr"] == CONFIG.lr
+    assert told[0] == (str(tmp_path / "tensorboard"), 1) and told[1]["config"]["lr"] == CONFIG.lr
     assert ("loss", 1) in told and (["grad_norm", "images_per_s", "loss", "lr"], 1) in told
     assert told[-2:] == ["finished", "closed"]
+    first, told[:] = told[1], []
+    train(tmp_path, replace(CONFIG, steps=2, tensorboard=True, wandb=True), "auto")
+    assert told[0][1] == 2 and told[1]["id"] == first["id"] and told[1]["resume"] == "allow"
+    shutil.rmtree(tmp_path / "step-00000002")
+    shutil.rmtree(tmp_path / "step-00000001")
+    told.clear()
+    train(tmp_path, replace(CONFIG, steps=1, wandb=True))
+    assert told[0]["id"] != first["id"], "a new run, though its folder has the same name"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_log_on_a_full_disk_is_named(tmp_path: Path) -> None:
+    with Log(tmp_path, 0, CONFIG) as log:
+        (tmp_path / "log.csv").symlink_to("/dev/full")
+        with pytest.raises(OSError, match=r"No space left on device: '.*log\.csv'"):
+            log.write(step=1, loss=1.0)
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
@@ -547,10 +701,10 @@ def looks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
 
     def init(self: Trainer, *args: Any) -> None:
         real(self, *args)
-        self._looks = 3
+        self._looks = 4
 
     monkeypatch.setattr(Trainer, "__init__", init)
-    return 3
+    return 4
 
 
 def spoiled(config: TrainConfig, out: Path, spoil: Callable[[Trainer, Tensor], Tensor]) -> Trainer:
@@ -605,7 +759,51 @@ def test_names_the_module_whose_gradient_is_not_finite(tmp_path: Path, looks: in
     words = rf"^step 3: .*the loss is finite; backwards .* gradient of {re.escape(name)} \(Linear\), at its weight; "
     with pytest.raises(FloatingPointError, match=words):
         trainer.run(progress=False)
-    assert all(p.isfinite().all() for p in trainer.params.values())
+    assert all(p.isfinite().all() and p.grad is None for p in trainer.params.values())
+
+
+def test_explaining_names_the_first_gradient_and_leaves_nothing() -> None:
+    """Backwards: of the layers before the one whose gradient is NaN, the last."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(3)))
+
+    def losses() -> Iterator[Tensor]:
+        hidden = model[1](model[0](torch.ones(1, 2)))
+        hidden.register_hook(lambda grad: grad * math.nan)
+        yield model[2](hidden).sum()
+
+    assert "in the gradient of 1 (Linear), at its " in explain(model, losses)
+    assert all(p.grad is None and not p._post_accumulate_grad_hooks for p in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("due", ["save_every", "log_every", "validate_every", "sample_every", "stop", None])
+def test_on_a_gpu_it_looks_before_it_makes_anything_of_a_step(tmp_path: Path, due: str | None) -> None:
+    """Before what is due after step 2, the save at a signal, and after so many steps where nothing is."""
+    rare = replace(CONFIG, save_every=100, log_every=100, steps=50)
+    config = replace(rare, **{due: 2}) if due and due != "stop" else rare
+    trainer = spoiled(config, tmp_path, lambda trainer, loss: loss * math.nan)
+    trainer._looks = 4
+    trainer.recipe.grid = lambda network: pytest.fail("it draws")
+    taken, real = [], trainer._train_step
+
+    def step() -> None:
+        real()
+        taken.append(trainer.step)
+        if due == "stop" and trainer.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer._train_step = step
+    with pytest.raises(FloatingPointError, match=r"^step 1: "):
+        trainer.run(progress=False)
+    assert taken == list(range(2 if due else 4))
+    assert sorted(os.listdir(tmp_path)) == [".lock", "config.json"]
+
+
+def test_gradients_that_explode(tmp_path: Path) -> None:
+    """Each is a number still, their norm no more."""
+    trainer = spoiled(CONFIG, tmp_path, lambda trainer, loss: loss * 1e25)
+    with pytest.raises(FloatingPointError, match=r"^step 1: .*every gradient is finite, but their norm is beyond"):
+        trainer.run(progress=False)
 
 
 def test_a_nan_that_does_not_come_again(tmp_path: Path) -> None:
@@ -641,6 +839,15 @@ def test_a_nan_that_does_not_come_again(tmp_path: Path) -> None:
         ({"workers": -1}, "workers: "),
         ({"image_size": 0}, "image-size: "),
         ({"patience": 2}, "patience: needs --validate-every"),
+        ({"seed": 2**64}, "seed: must be from -2"),
+        ({"steps": 1.5}, "steps: must be a whole number, not 1.5"),
+        ({"steps": True}, "steps: must be a whole number, not True"),
+        ({"lr": "fast"}, "lr: must be a number, not 'fast'"),
+        ({"augment": "no"}, "augment: must be true or false, not 'no'"),
+        ({"data": None}, "data: must be text, not None"),
+        ({"ema_decay": "much"}, "ema-decay: must be one number or several, not 'much'"),
+        ({"ema_decay": (0.5, None)}, "ema-decay: must be one number or several"),
+        ({"ema_decay": True}, "ema-decay: must be one number or several, not True"),
     ],
 )
 def test_wrong_settings(change: dict[str, Any], words: str) -> None:
@@ -840,3 +1047,6 @@ def test_progress(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         Trainer(DDPMRecipe(config), config, tmp_path / folder).run(progress=progress)
         err = capfd.readouterr().err
         assert ("2/2" in err and "loss" in err) == shown and bool(err) == shown
+    config = replace(config, steps=3)
+    start_or_resume(DDPMRecipe(config), config, tmp_path / "a", "auto").run(progress=True)
+    assert "3/3" in capfd.readouterr().err, "the steps before count"

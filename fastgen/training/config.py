@@ -15,6 +15,14 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 POSITIVE = ("steps", "batch_size", "accumulate", "save_every", "keep", "log_every")
 NOT_NEGATIVE = ("warmup", "weight_decay", "clip_norm", "validate_every", "patience", "sample_every")
 
+# By the type as it is written below.
+KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
+    "str": (str, "text"),
+    "int": (int, "a whole number"),
+    "float": ((int, float), "a number"),
+    "bool": (bool, "true or false"),
+}
+
 # What may differ between a run and what goes on from it: it changes no step.
 FREE = frozenset(
     {
@@ -80,14 +88,15 @@ class TrainConfig:
     wandb: bool = _option(False, "Also log to Weights & Biases (needs wandb).")
 
     def __post_init__(self) -> None:
-        decays = self.ema_decay if isinstance(self.ema_decay, tuple | list) else (self.ema_decay,)
-        object.__setattr__(self, "ema_decay", tuple(float(d) for d in decays))
+        self._check_kinds()
         for name in POSITIVE:
             if getattr(self, name) < 1:
                 raise UsageError(f"{_dashed(name)}: must be at least 1, not {getattr(self, name)}")
         for name in NOT_NEGATIVE:
             if not 0 <= getattr(self, name) < math.inf:
                 raise UsageError(f"{_dashed(name)}: must be at least 0, not {getattr(self, name)}")
+        if not -(2**63) <= self.seed < 2**64:
+            raise UsageError(f"seed: must be from -2^63 up to 2^64, which torch's generators take, not {self.seed}")
         if not 0 < self.lr < math.inf:
             raise UsageError(f"lr: must be a number above 0, not {self.lr}")
         if not 0 <= self.cooldown <= self.steps:
@@ -99,6 +108,19 @@ class TrainConfig:
         self._check_shares()
         if self.patience and not self.validate_every:
             raise UsageError("patience: needs --validate-every, whose losses it waits for")
+
+    def _check_kinds(self) -> None:
+        for f in fields(self):
+            value, kind = getattr(self, f.name), f.type.split(" | ")[0]
+            known, words = KINDS.get(kind, (object, "one number or several"))
+            fits = isinstance(value, known) and (kind == "bool" or not isinstance(value, bool))
+            if not fits and not (value is None and "None" in f.type):
+                raise UsageError(f"{_dashed(f.name)}: must be {words}, not {value!r}")
+        decays = self.ema_decay if isinstance(self.ema_decay, tuple | list) else (self.ema_decay,)
+        try:
+            object.__setattr__(self, "ema_decay", tuple(float(d) for d in decays))
+        except (TypeError, ValueError):
+            raise UsageError(f"ema-decay: must be one number or several, not {self.ema_decay!r}") from None
 
     def _check_shares(self) -> None:
         if not 0 <= self.holdout < 1:
@@ -156,7 +178,7 @@ def read_config(file: Path) -> tuple[str, dict[str, Any]]:
     """Recipe and settings of a run's ``config.json``; UsageError where it is none."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        recipe, settings = content["recipe"], dict(content["settings"])
+        recipe, settings = str(content["recipe"]), dict(content["settings"])
     except FileNotFoundError:
         raise UsageError(f"config: there is no file {file}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from fastgen import finite
@@ -35,6 +36,9 @@ def _where(model: nn.Module, losses: Callable[[], Iterator[Tensor]]) -> str:
                     f"the loss is finite; backwards it begins in the gradient of {module or 'the network'} ({kind}), "
                     f"at its {parameter}"
                 )
+    norms = [p.grad.norm() for p in model.parameters() if p.grad is not None]
+    if not finite.finite(torch.stack(norms).norm()):
+        return "every gradient is finite, but their norm is beyond the largest number: they explode"
     return "taken again the step is finite, so look at the hardware and at what in the recipe is not of its seed"
 
 

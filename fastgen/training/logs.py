@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import hashlib
+import secrets
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ COLUMNS = ("step", "loss", "grad_norm", "lr", "images_per_s", "validation_loss")
 class Log:
     """A context; `write` adds a line. Lines after ``step``, of a run that came further than its checkpoint, go.
 
-    Raises ImportError where a package that was asked for is missing.
+    Raises ImportError where a package that was asked for is missing; `write`, OSError with the file's name.
     """
 
     def __init__(self, out: Path, step: int, config: TrainConfig) -> None:
@@ -26,18 +26,22 @@ class Log:
         if config.tensorboard:
             self._sinks.append(_tensorboard(out, step, self._closing))
         if config.wandb:
-            self._sinks.append(_wandb(out, config, self._closing))
+            self._sinks.append(_wandb(out, step, config, self._closing))
         self._file = out / "log.csv"
         _cut(self._file, step)
 
     def write(self, **values: float | None) -> None:
         """One line, of COLUMNS; what has no value is left empty."""
         new = not self._file.exists()
-        with open(self._file, "a", newline="", encoding="utf-8") as f:
-            writer = csv.writer(f)
-            if new:
-                writer.writerow(COLUMNS)
-            writer.writerow([_number(values.get(name)) for name in COLUMNS])
+        try:
+            with open(self._file, "a", newline="", encoding="utf-8") as f:
+                writer = csv.writer(f)
+                if new:
+                    writer.writerow(COLUMNS)
+                writer.writerow([_number(values.get(name)) for name in COLUMNS])
+        except OSError as error:  # of a full disk: say at least where
+            error.filename = str(self._file)
+            raise
         for sink in self._sinks:
             sink({k: v for k, v in values.items() if v is not None and k != "step"}, values["step"])
 
@@ -74,7 +78,7 @@ def _tensorboard(out: Path, step: int, closing: contextlib.ExitStack) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ImportError("--tensorboard needs tensorboard: pip install 'fastgen-kernels[logs]'") from error
-    writer = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1 if step else None)
+    writer = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
     closing.callback(writer.close)
 
     def write(values: dict[str, float], step: int) -> None:
@@ -84,12 +88,16 @@ def _tensorboard(out: Path, step: int, closing: contextlib.ExitStack) -> Any:
     return write
 
 
-def _wandb(out: Path, config: TrainConfig, closing: contextlib.ExitStack) -> Any:
+def _wandb(out: Path, step: int, config: TrainConfig, closing: contextlib.ExitStack) -> Any:
     try:
         import wandb
     except ImportError as error:
         raise ImportError("--wandb needs wandb: pip install wandb") from error
-    identity = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]  # the same for a run that goes on
-    run = wandb.init(project="fastgen", name=out.name, id=identity, dir=str(out), config=asdict(config), resume="allow")
+    file = out / "wandb.id"  # the same for a run that goes on, another for one that begins anew in its place
+    if not step or not file.exists():
+        file.write_text(secrets.token_hex(8))
+    run = wandb.init(
+        project="fastgen", name=out.name, id=file.read_text(), dir=str(out), config=asdict(config), resume="allow"
+    )
     closing.callback(run.finish)
     return lambda values, step: run.log(values, step=step)

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastgen.checkpoint import checkpoints_of
 from fastgen.errors import UsageError
 from fastgen.training import run_folder
 from fastgen.training.config import TrainConfig
@@ -66,7 +65,8 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self.ema = EMA(self.params, config.ema_decay)
         self.step = 0
-        self.saved: int | None = None  # the step of the last checkpoint
+        self.saved: int | None = None  # the step of the last checkpoint, written or gone on from
+        self.seen: list[str] | None = None  # the checkpoints that were there when this run was read from them
         self.finished = True  # whether what is due after this step (validation, a line of the log) is done
         self.validation = Validation()
         self.losses: list[Tensor] = []  # since the last line of the log
@@ -90,8 +90,10 @@ class Trainer:
         self.on_save = on_save
         with contextlib.ExitStack() as stack:
             stop = stack.enter_context(StopRequest())
-            stack.enter_context(run_folder.prepared(self.out, self.recipe.name, self.config))
-            log = stack.enter_context(Log(self.out, self.step, self.config))
+            stack.enter_context(run_folder.prepared(self.out, self.recipe.name, self.config, self.seen))
+            self.seen = None
+            # A step whose rest is still due has its line to come, even where a run that was killed had written it.
+            log = stack.enter_context(Log(self.out, self.step if self.finished else self.step - 1, self.config))
             self.loader = stack.enter_context(contextlib.closing(self._loader(self.step)))
             bar = stack.enter_context(
                 tqdm(
@@ -103,8 +105,8 @@ class Trainer:
             )
             stop.waiting()
             self._run(stop, log, bar)
-            self.stopped_by = stop.signal
-        return checkpoints_of(self.out)[-1]
+        self.stopped_by = stop.signal  # which may have come while all of that was closed
+        return self.out / run_folder.name(self.saved)
 
     def _run(self, stop: StopRequest, log: Log, bar: tqdm) -> None:
         timer = Timer(self.config.batch_size * self.config.accumulate, self.step)
@@ -135,18 +137,16 @@ class Trainer:
         logging = last or self.step % config.log_every == 0 or validating
         if saving or logging or drawing or len(self._unchecked) >= self._looks:
             self._check()
-        loss = best = None
-        if validating:
-            loss = self.validate(stop)
-            best = loss is not None and self._judge(loss)
+        loss = self.validate(stop) if validating else None
         if drawing and not stop.signal:
             self._draw()
         if (validating or drawing) and stop.signal:
             return
+        best = loss is not None and self._judge(loss)  # not before: what the resumed run does again is judged once
         if logging:
             self._log(log, bar, timer(self.step), loss)
         self.finished = True
-        if saving or best or self.over:
+        if saving or best:
             self.save()
 
     def _log(self, log: Log, bar: tqdm, rate: float, validation: float | None) -> None:
@@ -235,8 +235,9 @@ class Trainer:
         )
 
     def _last_good(self) -> str:
-        path = run_folder.newest(self.out)
-        return f"the last good checkpoint is {path}" if path else "there is no checkpoint yet"
+        if self.saved is None:
+            return "there is no checkpoint yet"
+        return f"the last good checkpoint is {self.out / run_folder.name(self.saved)}"
 
     # The average: what is validated, drawn from and saved
 
@@ -256,7 +257,7 @@ class Trainer:
         """The mean loss of the average on held-out images, the same noise each time; None if a signal came."""
         config, total = self.config, 0.0
         source = self.recipe.held_out
-        size = min(config.batch_size, len(source))
+        size = min(config.batch_size, len(source), VALIDATION_IMAGES)
         batches = min(len(source), VALIDATION_IMAGES) // size
         network = self.average()
         loader = Loader(source, size, seed=0, workers=config.workers, device=self.device, shuffle=False)
@@ -269,8 +270,8 @@ class Trainer:
         return total / batches
 
     def _judge(self, loss: float) -> bool:
-        """Takes note of a validation's loss; whether it is the best."""
-        if self.validation.best is None or loss < self.validation.best:
+        """Takes note of a validation's loss; whether it is the best, which NaN never is."""
+        if math.isfinite(loss) and (self.validation.best is None or loss < self.validation.best):
             self.validation = Validation(loss, self.step)
             return True
         self.validation.waited += 1
@@ -314,6 +315,7 @@ def start_or_resume(recipe: Recipe, config: TrainConfig, out: Path, resume: str 
     if existing and resume is None:
         raise UsageError(f"out: {out} already holds a run; give --resume auto to go on with it, or another folder")
     trainer = Trainer(recipe, config, out)
+    trainer.seen = existing
     if existing:
         run_folder.restore(trainer, run_folder.newest_verified(out))
     return trainer

@@ -5,6 +5,7 @@ OUT/log.csv              see logs.py
 OUT/step-00001000/       a checkpoint: the average as the model, and training.safetensors
 OUT/samples/             pictures, if they were asked for
 OUT/damaged.txt          images that could not be read, and why
+OUT/wandb.id             the run at Weights & Biases, if it was asked for
 """
 
 from __future__ import annotations
@@ -48,19 +49,23 @@ def name(step: int) -> str:
     return f"{STEP_PREFIX}{step:08d}"
 
 
-def check(out: Path) -> bool:
-    """Whether ``out`` holds checkpoints; UsageError where it cannot be a folder."""
+def check(out: Path) -> list[str]:
+    """The names of the checkpoints in ``out``; UsageError where it cannot be a folder."""
     if any(place.exists() and not place.is_dir() for place in (out, *out.parents)):
         raise UsageError(f"out: {out} is, or lies in, a file; give a folder, which is created where it does not exist")
-    return out.is_dir() and bool(checkpoints_of(out))
+    # One that a killed process had moved aside has its own name again, as it will have once it is back.
+    return [p.name[p.name.index(STEP_PREFIX) :] for p in checkpoints_of(out)] if out.is_dir() else []
 
 
 @contextlib.contextmanager
-def prepared(out: Path, recipe: str, config: TrainConfig) -> Iterator[None]:
+def prepared(out: Path, recipe: str, config: TrainConfig, seen: list[str] | None = None) -> Iterator[None]:
     """A context in which the folder is this process's own: made, without what a killed run left half-written, and with
-    its config.json. Raises UsageError where another process trains in it."""
+    its config.json. Raises UsageError where another process trains in it, or has since its checkpoints were ``seen``.
+    """
     out.mkdir(parents=True, exist_ok=True)
     with _locked(out):
+        if seen is not None and check(out) != seen:
+            raise UsageError(f"out: another process has trained in {out} in the meantime; give the command again")
         atomic.sweep(out)
         settings = {"fastgen": __version__, "recipe": recipe, "settings": asdict(config)}
         with atomic.atomic_file(out / "config.json") as file:
@@ -82,14 +87,14 @@ def _locked(folder: Path) -> Iterator[None]:
             raise UsageError(
                 f"out: another process is training in {folder}; wait for it, or give another folder"
             ) from None
+        except OSError as error:  # some network file systems
+            warnings.warn(
+                f"out: {folder} cannot be locked ({error.strerror}): see to it that no other process trains in it",
+                stacklevel=2,
+            )
         yield
     finally:
         os.close(handle)
-
-
-def newest(out: Path) -> Path | None:
-    """The newest checkpoint, not verified."""
-    return ([None, *checkpoints_of(out)])[-1]
 
 
 def newest_verified(out: Path) -> Path:
@@ -109,14 +114,18 @@ def newest_verified(out: Path) -> Path:
 
 
 def list_damaged(out: Path, damaged: dict[str, str]) -> None:
-    """Writes damaged.txt, an image and what is wrong with it a line, where there are any."""
-    if damaged:
-        with atomic.atomic_file(out / "damaged.txt") as file:
-            file.write_text("".join(f"{path}\t{why}\n" for path, why in sorted(damaged.items())), encoding="utf-8")
+    """Adds to damaged.txt the images that it has not yet, each with what is wrong with it on a line."""
+    place, lines = out / "damaged.txt", {f"{path}\t{why}\n" for path, why in damaged.items()}
+    coding = {"encoding": "utf-8", "errors": "surrogateescape"}  # a file's name may be any bytes
+    if place.exists():  # what the run met before it was stopped
+        lines |= {f"{line}\n" for line in place.read_text(**coding).split("\n")[:-1]}
+    with atomic.atomic_file(place) as file:
+        file.write_text("".join(sorted(lines)), **coding)
 
 
 def write(trainer: Trainer, keep_also: int) -> Path:
-    """Writes the trainer's checkpoint and removes all but the newest ``keep`` and the one of step ``keep_also``."""
+    """Writes the trainer's checkpoint and removes all but the newest ``keep`` and the one of step ``keep_also``, if it
+    is not 0. Those of later steps go too: they are damaged, and the run went on from one before them."""
     out, config, model = trainer.out, trainer.config, trainer.recipe.model
     path = out / name(trainer.step)
     training = {
@@ -133,9 +142,11 @@ def write(trainer: Trainer, keep_also: int) -> Path:
             weights={**model.state_dict(), **trainer.ema.averages[config.ema_decay[0]]},
             extra_config={"training": training}, extra_files={TRAINING_STATE: _state(trainer)},
         )  # fmt: skip
-    for old in checkpoints_of(out)[: -config.keep]:
-        if old.name != name(keep_also):
-            atomic.remove(old)
+    there = checkpoints_of(out)
+    kept = [p.name for p in there if p.name <= path.name][-config.keep :] + [name(keep_also)] * (keep_also > 0)
+    for other in there:
+        if other.name not in kept:
+            atomic.remove(other)
     return path
 
 
