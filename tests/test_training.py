@@ -173,8 +173,8 @@ def test_what_may_change_in_a_run() -> None:
     others = {"data_root": "/data", "strict": True, "tensorboard": True, "wandb": True}
     free = {f.name for f in fields(TrainConfig) if not differing(f.name, others.get(f.name))}
     assert free == {
-        "cooldown", "data_root", "keep", "log_every", "sample_every", "save_every", "steps", "strict", "tensorboard",
-        "wandb", "workers",
+        "cooldown", "data_root", "keep", "log_every", "patience", "sample_every", "save_every", "steps", "strict",
+        "tensorboard", "wandb", "workers",
     }  # fmt: skip
 
 
@@ -567,7 +567,11 @@ def test_stops_early_and_keeps_the_best(tmp_path: Path, monkeypatch: pytest.Monk
     assert names(tmp_path) == ["step-00000004", "step-00000008"]
     assert trainer.validation.best == 2.0 and trainer.validation.step == 4 and trainer.validation.waited == 2
     again = start_or_resume(DDPMRecipe(config), config, tmp_path, "auto")
-    assert again.over and again.run(progress=False) == last and next(losses) == 1.0, "it is at its end"
+    assert again.over and again.run(progress=False) == last, "it is at its end"
+    more = replace(config, patience=3, steps=10)
+    again = start_or_resume(DDPMRecipe(more), more, tmp_path, "auto")
+    again.run(progress=False)
+    assert (again.step, again.validation.best, again.validation.step) == (10, 1.0, 10), "with more patience it goes on"
 
 
 def test_pictures_of_the_average(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,7 @@ FREE = frozenset(
         "data_root",
         "keep",
         "log_every",
+        "patience",
         "sample_every",
         "save_every",
         "strict",
