@@ -184,6 +184,14 @@ def differing(name: str, value: Any) -> list[str]:
     return CONFIG.differences(saved, step=1)
 
 
+def test_other_images_than_before_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(tmp_path, replace(CONFIG, steps=1))
+    images, labels = data.load_dataset("bars")
+    monkeypatch.setattr(data, "load_dataset", lambda name, split="train": (images[:99], labels[:99]))
+    with pytest.warns(UserWarning, match=r"^data: mnist-5k had 100 images when .*step-00000001 .* has 99 now"):
+        train(tmp_path, replace(CONFIG, steps=2), "auto")
+
+
 def test_a_checkpoint_that_holds_no_run_is_refused(tmp_path: Path) -> None:
     fastgen.save(DDPMRecipe(CONFIG).model, tmp_path / "step-00000001")
     with pytest.raises(fastgen.UsageError, match=r"^resume: .*no training state"):

@@ -22,6 +22,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.record import Record, _shell, slug, table_line
 from benchmarks.reliability import resume
 from benchmarks.reliability.checkpoints import DISK_ERRORS, FOUND_BY
@@ -71,6 +73,7 @@ def two_at_once(full: bool) -> Counts:
 def resumed(full: bool) -> Counts:
     """new: ended as the run in one piece did; torn: did not."""
     counts = Counts()
+    torch.set_num_threads(1)  # networks this small are faster on one
     for recipe in resume.PRESETS:
         for variant in resume.VARIANTS:
             trials, failures = resume.resume_at_every_step(recipe, variant, steps=25 if full else None)

@@ -110,7 +110,7 @@ class Run(Saver):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        recipe: Any = SimpleNamespace(model=self.model, name="ddpm", family="unet")
+        recipe: Any = SimpleNamespace(model=self.model, name="ddpm", family="unet", data=())
         self.trainer = Trainer(recipe, TrainConfig(preset="tiny", keep=KEEP), folder)
 
     def state(self, version: int) -> dict[str, Tensor]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
 import signal
 import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,8 +63,22 @@ def stopped(recipe: str, config: TrainConfig, out: Path, step: int, number: int 
         return real(network, *batch)
 
     run.recipe.loss = loss  # type: ignore[method-assign]
-    run.run(progress=False)
+    with silent():
+        run.run(progress=False)
     assert run.stopped_by == number and run.step == step + 1, (run.stopped_by, run.step, step)
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """Without what goes to stderr, by whatever way: a stopped run says so."""
+    before, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+        os.close(null)
 
 
 def result(out: Path) -> dict[str, Any]:

@@ -131,6 +131,7 @@ def write(trainer: Trainer, keep_also: int) -> Path:
     training = {
         **asdict(config),
         "recipe": trainer.recipe.name,
+        "images": len(trainer.recipe.data),
         "step": trainer.step,
         "finished": trainer.finished,
         "validation": asdict(trainer.validation),
@@ -171,6 +172,12 @@ def restore(trainer: Trainer, checkpoint: Path) -> None:
         differing.insert(0, f"recipe {saved.get('recipe')!r} there, {trainer.recipe.name!r} now")
     if differing:
         raise UsageError(f"resume: {checkpoint} was made with other settings: {'; '.join(differing)}")
+    if saved["images"] != (now := len(trainer.recipe.data)):
+        warnings.warn(
+            f"data: {trainer.config.data} had {saved['images']} images when {checkpoint} was made and has {now} now: "
+            "the run goes on with what there is, and not as it would have",
+            stacklevel=2,
+        )
     state = read_tensors(checkpoint / TRAINING_STATE)
     trainer.recipe.model.load_state_dict(_part(state, "model."))
     first = f"ema.{trainer.config.ema_decay[0]}."
