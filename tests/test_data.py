@@ -460,7 +460,7 @@ def test_an_index_is_written_whole_or_not_at_all(folder: Path, cache: Path, monk
         raise OSError(28, "No space left on device")
 
     (folder / "a" / "00.png").unlink()
-    monkeypatch.setattr(Path, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.warns(UserWarning, match="No space left"):
         opened(folder)
     assert list(cache.iterdir()) == [file] and file.read_bytes() == good

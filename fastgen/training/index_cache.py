@@ -6,7 +6,6 @@ damaged, or another's, counts as none. Where nothing can be written one warning 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import json
@@ -20,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from fastgen import tuned
+from fastgen.atomic import atomic_file
 
 FORMAT = 1
 RACY = 2_000_000_000  # ns: what changed this little before it was read may change again under the same time
@@ -127,17 +127,13 @@ def store(kind: str, key: str, index: Index) -> None:
     }
     text = json.dumps(header).encode()
     text += b" " * (-(8 + len(text)) % 64)
-    temporary = file.with_suffix(f".{os.getpid()}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as f:
+        with atomic_file(file, sync=False) as temporary, open(temporary, "wb") as f:
             f.write(len(text).to_bytes(8, "little") + text)
             for array in arrays.values():
                 f.write(np.ascontiguousarray(array))
-        temporary.replace(file)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         _warn(file.parent, str(error))
 
 
