@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from fastgen.atomic import atomic_file
 from fastgen.training.config import TrainConfig
 
 COLUMNS = ("step", "loss", "grad_norm", "lr", "images_per_s", "validation_loss")
@@ -67,10 +68,8 @@ def _cut(file: Path, step: int) -> None:
         file.replace(file.with_suffix(".old.csv"))
         return
     kept = [row for row in rows[1:] if len(row) == len(COLUMNS) and row[0].isdecimal() and int(row[0]) <= step]
-    temporary = file.with_suffix(".tmp")
-    with open(temporary, "w", newline="", encoding="utf-8") as f:
+    with atomic_file(file) as work, open(work, "w", newline="", encoding="utf-8") as f:
         csv.writer(f).writerows([COLUMNS, *kept])
-    temporary.replace(file)
 
 
 def _tensorboard(out: Path, step: int, closing: contextlib.ExitStack) -> Any:
