@@ -735,7 +735,8 @@ def test_resizing_is_antialiased() -> None:
 
 def test_a_large_jpeg_is_reduced_as_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
-    photo = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8)).resize((1600, 1200), Image.Resampling.BICUBIC)
+    # So detailed, and of such a size, that a reduction to less than twice the wanted size would be seen.
+    photo = Image.fromarray(rng.integers(0, 256, (30, 40, 3), np.uint8)).resize((800, 600), Image.Resampling.BICUBIC)
     content = whole(0, "JPEG", photo)
     quick = decode(io.BytesIO(content), 3, 64).astype(int)
     monkeypatch.setattr("PIL.JpegImagePlugin.JpegImageFile.draft", lambda *args: None)
@@ -1040,15 +1041,18 @@ def test_workers_end_with_a_process_that_was_killed(folder: Path) -> None:
 
 
 @linux
-def test_a_worker_that_hangs_is_killed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_hangs_is_killed(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
-    monkeypatch.setattr(sources, "decode", lambda *args: time.sleep(60))
+    hanging = tmp_path / "hanging"
+    monkeypatch.setattr(sources, "decode", lambda *args: (hanging.touch(), time.sleep(60)))
     loader = Loader(opened(folder), 4, seed=0, workers=1)
     pids = workers_of(loader)
-    assert all(map(alive, pids))
+    assert wait_for(hanging.exists, 10) and all(map(alive, pids))
+    started = time.monotonic()
     loader.close()
     loader.close()
     assert not any(map(alive, pids)) and list(loader) == []
+    assert time.monotonic() - started < 6, "asked, and then not waited for"
 
 
 # The benchmark
