@@ -23,6 +23,7 @@ if importlib.util.find_spec("fastgen.kernels") is None:
 
 if TYPE_CHECKING:
     from fastgen import metrics, ops
+    from fastgen.acceleration.accelerating import accelerate, restore
     from fastgen.backends import use_backend
     from fastgen.checkpoint import load, save
     from fastgen.diagnosis import doctor
@@ -37,9 +38,11 @@ _WHERE = {
     "BackendError": "backends",
     "Samples": "images",
     "UsageError": "errors",
+    "accelerate": "acceleration.accelerating",
     "doctor": "diagnosis",
     "load": "checkpoint",
     "replay": "replaying",
+    "restore": "acceleration.accelerating",
     "sample": "sampling",
     "sample_to_folder": "folder",
     "save": "checkpoint",
@@ -53,11 +56,13 @@ __all__ = [
     "Samples",
     "UsageError",
     "__version__",
+    "accelerate",
     "doctor",
     "load",
     "metrics",
     "ops",
     "replay",
+    "restore",
     "sample",
     "sample_to_folder",
     "save",

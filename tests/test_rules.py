@@ -45,7 +45,7 @@ LAYERS: list[set[str]] = [
     {"denoising"},
     {"arguments", "finite", "graphs"},
     {"images"},
-    {"checkpoint", "recipe"},
+    {"checkpoint", "recipe", "acceleration"},
     {"models"},
     {"diffusion"},
     {"nn"},
@@ -58,7 +58,7 @@ LAYERS: list[set[str]] = [
 ROOT_IMPORTS = {"version"}
 
 # Functions of the package itself.
-PUBLIC = {"doctor", "load", "replay", "sample", "sample_to_folder", "save", "stream", "use_backend"}
+PUBLIC = {"accelerate", "doctor", "load", "replay", "restore", "sample", "sample_to_folder", "save", "stream", "use_backend"}
 
 OP_LINES, KERNEL_LINES, FUNCTION_LINES = 260, 400, 40
 # Functions that are longer, and why.

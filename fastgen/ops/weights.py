@@ -23,6 +23,7 @@ from torch import Tensor
 
 DEFAULT_LIMIT_MB = 1024
 _trusted: contextvars.ContextVar[dict | None] = contextvars.ContextVar("fastgen_unchanging", default=None)
+_kept: contextvars.ContextVar[bool] = contextvars.ContextVar("fastgen_weights_kept", default=True)
 
 
 def limit_bytes() -> int:
@@ -61,7 +62,7 @@ class WeightCache:
     def get(self, weight: Tensor, kind: tuple, make: Callable[[], Tensor]) -> Tensor:
         """``make()``, or what it gave when weight had the values that it has now. ``kind`` names what is made."""
         limit = limit_bytes()
-        if limit == 0 or not _dense(weight):
+        if limit == 0 or not _kept.get() or not _dense(weight):
             return make()
         key = (weight.data_ptr(), tuple(weight.shape), weight.stride(), weight.dtype, *kind)
         trusted, owner = _trusted.get(), weight if weight._base is None else weight._base
@@ -129,18 +130,29 @@ def _dense(x: Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def unchanging() -> Iterator[None]:
+def unchanging(known: dict | None = None) -> Iterator[None]:
     """The caller promises that no parameter changes within the block: each is checked at its first use only.
 
     Changes that PyTorch counts (in place, on the parameter itself) or that move it are noticed all the same; those
     through ``.data``, numpy or a fused optimizer are not. What was made stays alive until the end of the block,
-    whatever the limit of the cache. A block within a block is part of the outer one.
+    whatever the limit of the cache. A block within a block is part of the outer one. ``known``: what was checked in
+    earlier blocks that the promise holds for too.
     """
     if _trusted.get() is not None:
         yield
         return
-    token = _trusted.set({})
+    token = _trusted.set({} if known is None else known)
     try:
         yield
     finally:
         _trusted.reset(token)
+
+
+@contextlib.contextmanager
+def unkept() -> Iterator[None]:
+    """Within the block nothing is kept, and nothing that was kept is used."""
+    token = _kept.set(False)
+    try:
+        yield
+    finally:
+        _kept.reset(token)

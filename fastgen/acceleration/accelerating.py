@@ -1,0 +1,287 @@
+"""`accelerate` and `restore`: a model's own call, on the rewritten graph of its own forward.
+
+Only ``_compiled_call_impl`` of an instance is set, as `torch.nn.Module.compile` does: classes, parameters, keys,
+hooks and the forward itself stay as they are.
+"""
+
+from __future__ import annotations
+
+import itertools
+import types
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from fastgen.acceleration.backend import Settings, check_rest, compile_graph
+from fastgen.acceleration.checks import check_model, nothing_to_replace
+from fastgen.acceleration.rewriting import Rewritten
+from fastgen.errors import UsageError
+from fastgen.ops.weights import unchanging, unkept
+
+MODES = ("auto", "train", "infer")
+ATTRIBUTE = "_fastgen_accelerated"
+_WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True)
+class Options:
+    """The arguments of `accelerate` that a copy of the model takes along."""
+
+    mode: str = "auto"
+    filter: Callable[[str, nn.Module], bool] | None = None
+    rest: str = "auto"
+    spared: frozenset[str] = frozenset()  # places that `verify` put back
+
+
+def attach(model: nn.Module, options: Options) -> None:
+    """Puts an `Accelerated` behind the calls of ``model`` and of those children that may be called on their own."""
+    _attach(model, model, options)
+    for child in model.children():
+        elements = child.children() if isinstance(child, (nn.ModuleList, nn.ModuleDict)) else (child,)
+        for module in elements:
+            inner = module.module if isinstance(module, _WRAPPERS) else module
+            if any(True for _ in inner.children()) and not isinstance(inner, torch.jit.ScriptModule):
+                _attach(inner, model, options)
+
+
+def _attach(module: nn.Module, root: nn.Module, options: Options) -> None:
+    if module.__dict__.get(ATTRIBUTE) is None and module._compiled_call_impl is None:
+        made = Accelerated(module, options, root is module)
+        module.__dict__[ATTRIBUTE] = module.__dict__["_compiled_call_impl"] = made
+
+
+def detach(model: nn.Module) -> None:
+    """Takes away what `attach` put anywhere into ``model``."""
+    for module in model.modules():
+        if ATTRIBUTE in module.__dict__:
+            del module.__dict__[ATTRIBUTE]
+            if isinstance(module.__dict__.get("_compiled_call_impl"), Accelerated):
+                del module.__dict__["_compiled_call_impl"]
+
+
+class Accelerated:
+    """Stands behind the calls of one module: a `Run` for each state that the module is called in."""
+
+    def __init__(self, model: nn.Module, options: Options, root: bool) -> None:
+        self.model, self.options, self.root = model, options, root
+        self.runs: dict[tuple, Run] = {}
+        self.found: list[Rewritten] = []
+        self.said: set[str] = set()
+        self.known: dict = {}  # the parameters whose transformed weights "infer" trusts
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        state = _state(self.model)
+        if state is None or not self._wanted(state):
+            return self.model._call_impl(*args, **kwargs)
+        run = self.runs.get(state)
+        if run is None:
+            run = self.runs[state] = Run(self)
+        mode = self.options.mode
+        with unchanging(self.known) if mode == "infer" else unkept() if mode == "train" else nullcontext():
+            return run(*args, **kwargs)
+
+    def _wanted(self, state: tuple) -> bool:
+        if self.options.mode != "infer" or not (state[0] or state[1]):
+            return True
+        which = "in training mode" if state[0] else "with gradients"
+        self.say(f"mode='infer', and a call {which} runs as it was written; take mode='auto' for both")
+        return False
+
+    def say(self, words: str) -> None:
+        """Warns, once."""
+        if words not in self.said:
+            self.said.add(words)
+            warnings.warn(f"fastgen.accelerate({type(self.model).__name__}): {words}", stacklevel=4)
+
+    def settings(self) -> Settings:
+        modules = dict(self.model.named_modules())
+        options = self.options
+
+        def wanted(name: str, op: str) -> bool:
+            if name in options.spared:
+                return False
+            return options.filter is None or bool(options.filter(name, modules.get(name, self.model)))
+
+        return Settings(options.rest, wanted, {str(id(m)): n for n, m in modules.items()})
+
+    def looked_back(self) -> None:
+        """After the first capture: a model in which nothing was found is left as it was."""
+        if any(r.places for r in self.found) or self.options.filter is not None or self.options.spared:
+            return
+        if self.root:
+            self.say("nothing to replace was found; it is left as it was")
+            detach(self.model)
+        else:
+            self.model.__dict__.pop(ATTRIBUTE, None)
+            self.model.__dict__.pop("_compiled_call_impl", None)
+
+    def __deepcopy__(self, memo: dict) -> Accelerated | None:
+        """Goes with a copy of the model: the copy is accelerated too."""
+        model = memo.get(id(self.model))
+        if model is None:
+            return None
+        made = memo[id(self)] = Accelerated(model, self.options, self.root)
+        model.__dict__["_compiled_call_impl"] = made
+        return made
+
+    def __reduce__(self) -> tuple:
+        """A pickle carries nothing of ours, so that it loads where fastgen is not installed."""
+        self.say("the pickled copy is not accelerated; call fastgen.accelerate on what is loaded from it")
+        return type(None), ()
+
+
+def _state(model: nn.Module) -> tuple | None:
+    """What makes a call of another kind, each of which is captured for itself. None where the call is to run as it was
+    written: somebody else traces it, or transforms it."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state() is not None
+        or torch.fx._symbolic_trace.is_fx_symbolic_tracing()
+    ):
+        return None
+    autocast = (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
+    return model.training, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
+
+
+class Run:
+    """The captures of a module in one state, and the calls of them.
+
+    Each has a code object of its own, for that is what Dynamo counts captures by, and keeps sizes by.
+    """
+
+    def __init__(self, owner: Accelerated, dynamic: bool | None = None) -> None:
+        self.owner, self.dynamic = owner, dynamic
+        self.captures = self.executed = self.fresh = self.failures = 0
+        options = {"guard_filter_fn": _keep_no_module} if owner.options.mode == "infer" else None
+        self.compiled = torch.compile(_entry(owner.model), backend=self.backend, dynamic=dynamic, options=options)
+
+    def backend(self, graph: GraphModule, inputs: list[Any], **_: Any) -> Callable[..., Any]:
+        """What Dynamo calls with each captured graph."""
+        (result, forward), failure = compile_graph(graph, inputs, self.owner.settings())
+        self.fresh += 1
+        self.owner.found.append(result)
+        if failure:
+            self.owner.say(f"a graph runs as it was written: {failure}")
+
+        def run(*given: Any) -> Any:
+            self.executed += 1
+            return forward(*given)
+
+        return run
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.failures > 1:
+            return self.owner.model._call_impl(*args, **kwargs)
+        self.executed = self.fresh = 0
+        try:
+            result = self.compiled(*args, **kwargs)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            if self.executed:  # part of the forward has run, and must not run again
+                raise
+            return self._as_written(error, *args, **kwargs)
+        if self.fresh:
+            self._captured()
+        elif not self.executed:
+            self.owner.say("a call ran as it was written, for its arguments fit none of the captured graphs")
+        return result
+
+    def _as_written(self, error: Exception, *args: Any, **kwargs: Any) -> Any:
+        """The call without us. Where it fails too, its error is the one to see."""
+        result = self.owner.model._call_impl(*args, **kwargs)
+        self.failures += 1
+        self.owner.say(f"its forward cannot be captured, so it runs as it was written: {_first_line(error)}")
+        return result
+
+    def _captured(self) -> None:
+        self.captures += 1
+        if self.captures == 1:
+            self.owner.looked_back()
+        if self.captures < torch._dynamo.config.recompile_limit:
+            return
+        if self.dynamic is None:
+            self.owner.say(f"captured {self.captures} times; from here on all sizes are left open")
+            self.owner.runs = {s: Run(self.owner, True) if r is self else r for s, r in self.owner.runs.items()}
+        else:
+            self.owner.say(f"captured {self.captures} times more; what fits none of them runs as it was written")
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+def _keep_no_module(entries: list[Any]) -> list[bool]:
+    """Of Dynamo's guards those on what is called with and on PyTorch's state, not those on modules and parameters."""
+    return [not entry.orig_guard.source.is_unspecialized_nn_module() for entry in entries]
+
+
+def _entry(model: nn.Module) -> Callable[..., Any]:
+    """A function that calls the model's own forward with its hooks, with a code object of its own."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return model._call_impl(*args, **kwargs)
+
+    code = call.__code__.replace(co_name=f"accelerated_{next(_numbers)}")
+    return types.FunctionType(code, call.__globals__, code.co_name, None, call.__closure__)
+
+
+def accelerate(
+    model: nn.Module, *, mode: str = "auto", verify: Any = None,
+    filter: Callable[[str, nn.Module], bool] | None = None, rest: str = "auto",
+) -> nn.Module:  # fmt: skip
+    """Lets ``model``'s calls run on fastgen's operations, in place; returns the same model.
+
+        model = fastgen.accelerate(model)
+
+    The forward is captured at the first call (seconds), and again for other kinds of call: training or evaluation,
+    with gradients or without. In it these are replaced, forward and backward: group norm → scale and shift →
+    activation → convolution; nearest upsampling → convolution; convolution or transposed convolution → batch norm →
+    activation, also with a residual; attention, also written by hand; Gaussian reparameterisation. Results are
+    those of the model within the tolerance rule. Direct children are accelerated too, for calls that go around the
+    model's forward (``vae.decode``).
+
+    mode: "auto"; "train": transformed weights are not kept from one evaluation to the next, which saves four times
+    the parameters' memory; "infer": for models whose parameters and modules do not change from here on (loading other
+    values into them is seen, ``.data`` and hooks are not), so that nothing of them is looked at before a call.
+    verify: arguments of one call (a tuple, a dict of keywords or one tensor): see `verify_model`.
+    filter: filter(name, module) says whether the place around a module may be replaced; name as in named_modules.
+    rest: what runs everything else: "eager", "inductor" or "auto", which is Inductor on a GPU.
+
+    Parameters, keys of the state_dict, hooks, train/eval, devices, dtypes, optimizers, DDP, autocast and gradient
+    checkpoints stay as they were. A deep copy is accelerated too, a pickled one is not, and a warning says so.
+    Warns, and leaves the model as it is, where there is nothing to replace. Raises UsageError for what is no module,
+    for scripted, quantised, sparse, complex and meta-device models and for one that is compiled already.
+    """
+    if mode not in MODES:
+        raise UsageError(f"mode: must be one of {', '.join(MODES)}, not {mode!r}")
+    check_rest(rest)
+    if filter is not None and not callable(filter):
+        raise UsageError(f"filter: must be a function of a name and a module, not {filter!r}")
+    inner = model.module if isinstance(model, _WRAPPERS) else model
+    check_model(inner)
+    if nothing_to_replace(inner):
+        warnings.warn(
+            f"fastgen.accelerate({type(inner).__name__}): nothing to replace was found; it is left as it was",
+            stacklevel=2,
+        )
+        return model
+    detach(inner)
+    options = Options(mode, filter, rest)
+    attach(inner, options)
+    return model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undoes `accelerate` wholly, in ``model`` and in all of its modules; returns the same model."""
+    check_model(model, unusual=False)
+    detach(model)
+    return model
