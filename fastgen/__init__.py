@@ -3,7 +3,8 @@
     images = fastgen.sample("ddpm-mnist", n=16)    # real images, at once
     images.save("samples.png")
 
-`fastgen.ops` holds the fused operations, `fastgen.doctor()` says which kernels run here.
+`fastgen.ops` holds the fused operations, `fastgen.nn` layers made of them, `fastgen.doctor()` says which kernels run
+here.
 Everything is imported on first use: `import fastgen` itself is as good as free.
 """
 
@@ -22,7 +23,7 @@ if importlib.util.find_spec("fastgen.kernels") is None:
     )
 
 if TYPE_CHECKING:
-    from fastgen import metrics, ops
+    from fastgen import metrics, nn, ops
     from fastgen.acceleration.accelerating import accelerate, restore
     from fastgen.backends import use_backend
     from fastgen.checkpoint import load, save
@@ -60,6 +61,7 @@ __all__ = [
     "doctor",
     "load",
     "metrics",
+    "nn",
     "ops",
     "replay",
     "restore",
@@ -73,7 +75,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("metrics", "ops"):
+    if name in ("metrics", "nn", "ops"):
         return importlib.import_module(f"fastgen.{name}")
     if name in _WHERE:
         return getattr(importlib.import_module(f"fastgen.{_WHERE[name]}"), name)

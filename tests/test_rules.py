@@ -333,12 +333,14 @@ def test_no_pickles() -> None:
 
 
 def test_no_randomness_of_its_own() -> None:
-    """Sampling draws from the images' seeds: torch's generators appear in training and in test inputs only."""
+    """Sampling draws from the images' seeds: torch's generators appear in training and in test inputs only, and where
+    a variational autoencoder that is trained elsewhere draws its latents."""
     drawing = re.compile(
         r"torch\.(randn?|randint|randperm|rand_like|randn_like|manual_seed|Generator)\b|\bimport random\b|np\.random"
     )
     found = {name(f) for f in SOURCES if drawing.search(f.read_text())}
-    assert {f for f in found if not f.startswith("fastgen/training/")} <= {"fastgen/testing.py"}
+    allowed = {"fastgen/testing.py", "fastgen/nn/gaussian.py"}
+    assert {f for f in found if not f.startswith("fastgen/training/")} <= allowed
 
 
 def test_no_address_of_a_package_index() -> None:
