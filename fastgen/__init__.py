@@ -24,7 +24,8 @@ if importlib.util.find_spec("fastgen.kernels") is None:
 
 if TYPE_CHECKING:
     from fastgen import metrics, nn, ops
-    from fastgen.acceleration.accelerating import accelerate, restore
+    from fastgen.acceleration.explaining import explain
+    from fastgen.acceleration.public import VerificationError, accelerate, restore
     from fastgen.backends import use_backend
     from fastgen.checkpoint import load, save
     from fastgen.diagnosis import doctor
@@ -39,11 +40,13 @@ _WHERE = {
     "BackendError": "backends",
     "Samples": "images",
     "UsageError": "errors",
-    "accelerate": "acceleration.accelerating",
+    "VerificationError": "acceleration.public",
+    "accelerate": "acceleration.public",
     "doctor": "diagnosis",
+    "explain": "acceleration.explaining",
     "load": "checkpoint",
     "replay": "replaying",
-    "restore": "acceleration.accelerating",
+    "restore": "acceleration.public",
     "sample": "sampling",
     "sample_to_folder": "folder",
     "save": "checkpoint",
@@ -56,9 +59,11 @@ __all__ = [
     "BackendError",
     "Samples",
     "UsageError",
+    "VerificationError",
     "__version__",
     "accelerate",
     "doctor",
+    "explain",
     "load",
     "metrics",
     "nn",

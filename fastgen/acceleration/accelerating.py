@@ -18,15 +18,13 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from fastgen.acceleration.backend import Settings, check_rest, compile_graph
-from fastgen.acceleration.checks import check_model, nothing_to_replace
+from fastgen.acceleration.backend import Settings, compile_graph
 from fastgen.acceleration.rewriting import Rewritten
-from fastgen.errors import UsageError
 from fastgen.ops.weights import unchanging, unkept
 
 MODES = ("auto", "train", "infer")
 ATTRIBUTE = "_fastgen_accelerated"
-_WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 _numbers = itertools.count()
 
 
@@ -37,7 +35,7 @@ class Options:
     mode: str = "auto"
     filter: Callable[[str, nn.Module], bool] | None = None
     rest: str = "auto"
-    spared: frozenset[str] = frozenset()  # places that `verify` put back
+    spared: frozenset[tuple[str, str]] = frozenset()  # (module, op) of the places that `verify` put back
 
 
 def attach(model: nn.Module, options: Options) -> None:
@@ -46,7 +44,7 @@ def attach(model: nn.Module, options: Options) -> None:
     for child in model.children():
         elements = child.children() if isinstance(child, (nn.ModuleList, nn.ModuleDict)) else (child,)
         for module in elements:
-            inner = module.module if isinstance(module, _WRAPPERS) else module
+            inner = module.module if isinstance(module, WRAPPERS) else module
             if any(True for _ in inner.children()) and not isinstance(inner, torch.jit.ScriptModule):
                 _attach(inner, model, options)
 
@@ -105,7 +103,7 @@ class Accelerated:
         options = self.options
 
         def wanted(name: str, op: str) -> bool:
-            if name in options.spared:
+            if (name, op) in options.spared:
                 return False
             return options.filter is None or bool(options.filter(name, modules.get(name, self.model)))
 
@@ -162,7 +160,7 @@ class Run:
         self.owner, self.dynamic = owner, dynamic
         self.captures = self.executed = self.fresh = self.failures = 0
         options = {"guard_filter_fn": _keep_no_module} if owner.options.mode == "infer" else None
-        self.compiled = torch.compile(_entry(owner.model), backend=self.backend, dynamic=dynamic, options=options)
+        self.compiled = torch.compile(entry(owner.model), backend=self.backend, dynamic=dynamic, options=options)
 
     def backend(self, graph: GraphModule, inputs: list[Any], **_: Any) -> Callable[..., Any]:
         """What Dynamo calls with each captured graph."""
@@ -224,7 +222,7 @@ def _keep_no_module(entries: list[Any]) -> list[bool]:
     return [not entry.orig_guard.source.is_unspecialized_nn_module() for entry in entries]
 
 
-def _entry(model: nn.Module) -> Callable[..., Any]:
+def entry(model: nn.Module) -> Callable[..., Any]:
     """A function that calls the model's own forward with its hooks, with a code object of its own."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -232,56 +230,3 @@ def _entry(model: nn.Module) -> Callable[..., Any]:
 
     code = call.__code__.replace(co_name=f"accelerated_{next(_numbers)}")
     return types.FunctionType(code, call.__globals__, code.co_name, None, call.__closure__)
-
-
-def accelerate(
-    model: nn.Module, *, mode: str = "auto", verify: Any = None,
-    filter: Callable[[str, nn.Module], bool] | None = None, rest: str = "auto",
-) -> nn.Module:  # fmt: skip
-    """Lets ``model``'s calls run on fastgen's operations, in place; returns the same model.
-
-        model = fastgen.accelerate(model)
-
-    The forward is captured at the first call (seconds), and again for other kinds of call: training or evaluation,
-    with gradients or without. In it these are replaced, forward and backward: group norm → scale and shift →
-    activation → convolution; nearest upsampling → convolution; convolution or transposed convolution → batch norm →
-    activation, also with a residual; attention, also written by hand; Gaussian reparameterisation. Results are
-    those of the model within the tolerance rule. Direct children are accelerated too, for calls that go around the
-    model's forward (``vae.decode``).
-
-    mode: "auto"; "train": transformed weights are not kept from one evaluation to the next, which saves four times
-    the parameters' memory; "infer": for models whose parameters and modules do not change from here on (loading other
-    values into them is seen, ``.data`` and hooks are not), so that nothing of them is looked at before a call.
-    verify: arguments of one call (a tuple, a dict of keywords or one tensor): see `verify_model`.
-    filter: filter(name, module) says whether the place around a module may be replaced; name as in named_modules.
-    rest: what runs everything else: "eager", "inductor" or "auto", which is Inductor on a GPU.
-
-    Parameters, keys of the state_dict, hooks, train/eval, devices, dtypes, optimizers, DDP, autocast and gradient
-    checkpoints stay as they were. A deep copy is accelerated too, a pickled one is not, and a warning says so.
-    Warns, and leaves the model as it is, where there is nothing to replace. Raises UsageError for what is no module,
-    for scripted, quantised, sparse, complex and meta-device models and for one that is compiled already.
-    """
-    if mode not in MODES:
-        raise UsageError(f"mode: must be one of {', '.join(MODES)}, not {mode!r}")
-    check_rest(rest)
-    if filter is not None and not callable(filter):
-        raise UsageError(f"filter: must be a function of a name and a module, not {filter!r}")
-    inner = model.module if isinstance(model, _WRAPPERS) else model
-    check_model(inner)
-    if nothing_to_replace(inner):
-        warnings.warn(
-            f"fastgen.accelerate({type(inner).__name__}): nothing to replace was found; it is left as it was",
-            stacklevel=2,
-        )
-        return model
-    detach(inner)
-    options = Options(mode, filter, rest)
-    attach(inner, options)
-    return model
-
-
-def restore(model: nn.Module) -> nn.Module:
-    """Undoes `accelerate` wholly, in ``model`` and in all of its modules; returns the same model."""
-    check_model(model, unusual=False)
-    detach(model)
-    return model

@@ -32,7 +32,9 @@ def attention(node: Node, facts: Facts, taken: set[Node], recorded: bool) -> Mat
     constants = {"scale": found["scale"], "causal": found["is_causal"], "dtype": tensor(node).dtype}
     inputs = [found["query"], found["key"], found["value"]]
     reason = chain.why_not(*inputs)
-    return reason or Match("scaled_dot_product_attention", "attention", node, [node], fused.attention, inputs, constants)
+    return reason or Match(
+        "scaled_dot_product_attention", "attention", node, [node], fused.attention, inputs, constants
+    )
 
 
 def written_attention(node: Node, facts: Facts, taken: set[Node], recorded: bool) -> Match | str:
@@ -146,5 +148,3 @@ def _values(chain: Chain) -> tuple[Operand, tuple[int, ...]] | None:
         return None
     chain.extend(user)
     return (b, (*order_b[:-2], order_b[-1], order_b[-2])), order
-
-

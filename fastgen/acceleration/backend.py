@@ -1,7 +1,7 @@
 """The backend "fastgen" of torch.compile: a captured graph, rewritten, and what it runs as.
 
-    torch.compile(model, backend="fastgen")
-    torch.compile(model, backend="fastgen", options={"rest": "inductor"})
+torch.compile(model, backend="fastgen")
+torch.compile(model, backend="fastgen", options={"rest": "inductor"})
 """
 
 from __future__ import annotations
@@ -91,5 +91,3 @@ def copy_graph(owner: GraphModule) -> GraphModule:
             if getattr(argument, "op", "") == "get_attr" and isinstance(getattr(owner, name, None), GraphModule):
                 setattr(copied, name, copy_graph(getattr(owner, name)))
     return copied
-
-

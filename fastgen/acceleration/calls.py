@@ -127,5 +127,3 @@ def same_layout(x: Tensor, order: tuple[int, ...]) -> Tensor:
     """x, dense, its dimensions in memory in ``order`` from the outermost."""
     back = sorted(range(len(order)), key=order.__getitem__)
     return x.permute(order).contiguous().permute(back)
-
-

@@ -95,8 +95,10 @@ class Chain:
             memory = storage(node)
             if any(position[first] < i < position[last] and w in (None, memory) for i, w in outside):
                 return f"{node.name} is written to in between"
-            if self.recorded and any(i > position[last] and w in (None, memory) for i, w in outside) and (
-                memory not in own
+            if (
+                self.recorded
+                and any(i > position[last] and w in (None, memory) for i, w in outside)
+                and (memory not in own)
             ):
                 return f"{node.name}, which backward needs, is written to later"
         return None

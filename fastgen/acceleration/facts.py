@@ -5,8 +5,11 @@ The graph is Dynamo's: PyTorch's own functions, not functionalised, each node wi
 
 from __future__ import annotations
 
+import functools
+import inspect
 import operator
 import re
+import types
 from typing import Any, NamedTuple
 
 import torch
@@ -146,7 +149,7 @@ def tensor(node: Any) -> Tensor | None:
 
 def same(a: Any, b: Any) -> bool:
     """Whether two sizes, or sequences of sizes, are equal whatever the symbols in them stand for."""
-    if isinstance(a, (tuple, list)) or isinstance(a, torch.Size):
+    if isinstance(a, (tuple, list, torch.Size)):
         return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
     return statically_known_true(a == b)
 
@@ -173,9 +176,7 @@ def mutated(node: Node, owner: GraphModule) -> list[Node]:
     written: list[Any] = [node.kwargs[k] for k in ("out",) if node.kwargs.get(k) is not None]
     if found is not None and found.name in ("batch_norm", "instance_norm"):
         written += [found["running_mean"], found["running_var"]]
-    elif (name.endswith("_") and not name.endswith("__")) or name == "setitem" or _in_place(node, found):
-        written += first
-    elif target in _IN_PLACE_OPERATORS:
+    elif _writes_first(node, name):
         written += first
     elif isinstance(target, torch._ops.HigherOrderOperator):
         written += _written_inside(node, owner)
@@ -188,8 +189,21 @@ _IN_PLACE_OPERATORS = {getattr(operator, n) for n in dir(operator) if n.startswi
 _IN_PLACE_OPERATORS -= {operator.index, operator.inv, operator.invert}
 
 
-def _in_place(node: Node, found: Call | None) -> bool:
-    return bool(node.kwargs.get("inplace") or (found is not None and found.arguments.get("inplace")))
+def _writes_first(node: Node, name: str) -> bool:
+    """Whether a function writes to its first argument."""
+    if (name.endswith("_") and not name.endswith("__")) or name == "setitem" or node.target in _IN_PLACE_OPERATORS:
+        return True
+    at = _inplace_position(node.target)
+    return bool(node.kwargs.get("inplace") or (at is not None and at < len(node.args) and node.args[at]))
+
+
+@functools.cache
+def _inplace_position(function: Any) -> int | None:
+    """Where a function of torch.nn.functional takes ``inplace``."""
+    if not isinstance(function, types.FunctionType):
+        return None
+    names = list(inspect.signature(function).parameters)
+    return names.index("inplace") if "inplace" in names else None
 
 
 def bodies(node: Node, owner: GraphModule) -> list[GraphModule]:

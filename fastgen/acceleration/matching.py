@@ -77,9 +77,9 @@ def convolution(node: Node, facts: Facts, taken: set[Node], recorded: bool) -> M
     norm, inputs = _normalised(chain, source)
     source = norm.pop("source", source)
     bias, residual, act = _epilogue(chain)
-    if kernel == (1, 1) and not norm and residual is None and bias is None and act is None:
-        if not _concatenated(source):
-            return "PyTorch's convolution is as fast (1×1)"
+    alone = not norm and residual is None and bias is None and act is None
+    if kernel == (1, 1) and alone and not _concatenated(source):
+        return "PyTorch's convolution is as fast (1×1)"
     constants = where | norm | {"upsample": upsample, "act": act, "dtype": tensor(chain.last).dtype}
     given = [source, found["weight"], found["bias"], None, bias, residual, *inputs]
     op = "norm_act_conv2d" if "num_groups" in norm else "conv2d"
@@ -353,7 +353,7 @@ def reparameterization(node: Node, facts: Facts, taken: set[Node], recorded: boo
     product = next((u for u in node.users if calls(u, "mul", "mul_")), None)
     added = next(iter(product.users)) if product is not None and len(product.users) == 1 else None
     add, mul = calls(added, "add", "add_"), calls(product, "mul", "mul_")
-    if add is None or add["alpha"] != 1 or mul.name == "mul_" and mul["input"] is not node:
+    if add is None or add["alpha"] != 1 or (mul.name == "mul_" and mul["input"] is not node):
         return ""
     noise = mul["other"] if mul["input"] is node else mul["input"]
     mu = add["other"] if add["input"] is product else add["input"]
@@ -361,7 +361,9 @@ def reparameterization(node: Node, facts: Facts, taken: set[Node], recorded: boo
         return ""
     if any(tensor(t) is None for t in (noise, mu)) or (add.name == "add_" and add["input"] is not product):
         return ""
-    alike = all(same(tensor(t).shape, tensor(mu).shape) and tensor(t).dtype == tensor(mu).dtype for t in (logvar, noise))
+    alike = all(
+        same(tensor(t).shape, tensor(mu).shape) and tensor(t).dtype == tensor(mu).dtype for t in (logvar, noise)
+    )
     if not alike or tensor(mu).ndim < 2 or not tensor(mu).is_floating_point():
         return "mu, logvar and noise differ in shape or dtype"
     chain = Chain(added, facts, taken, recorded)

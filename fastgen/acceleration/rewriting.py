@@ -187,7 +187,7 @@ _RAW = ("as_strided", "as_strided_", "set_", "resize_", "resize_as_", "stride", 
 
 
 def _layout_dependence(node: Node) -> str:
-    """"" where what a node computes does not depend on how its inputs lie in memory; "order" where it does, and the
+    """ "" where what a node computes does not depend on how its inputs lie in memory; "order" where it does, and the
     order of dimensions is all that counts; "raw" where strides count."""
     if node.op == "output":
         return "order"
