@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.record import Cell, Row
-from fastgen.testing import frobenius_error, max_error, tolerance
+from fastgen.tolerance import frobenius_error, max_error, tolerance
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WARMUP, SLOW = 3, 0.3  # calls, left out where they take more seconds than that

@@ -16,7 +16,8 @@ from torch import Tensor
 from benchmarks.harness import DTYPES, Bench, Column, Truth, errors, run_row, truth, winograd_truth
 from benchmarks.record import Row
 from fastgen import backends, ops
-from fastgen.testing import CASES, EAGER, Inputs, OpCase, cases, frobenius_error
+from fastgen.testing import CASES, EAGER, Inputs, OpCase, cases
+from fastgen.tolerance import frobenius_error
 
 # The rule is for ours. Others keep their speed unless they compute something else: PyTorch's channels_last group norm
 # errs 9 times as much as its contiguous one, diffusers' fp32 tables 20 times as much as ours.

@@ -26,7 +26,7 @@ from fastgen.nn import (
     Reparameterize,
 )
 from fastgen.ops.activations import ACTIVATIONS
-from fastgen.testing import max_error, tolerance
+from fastgen.tolerance import max_error, tolerance
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # Of Winograd's algorithm, relative to the largest value: sums are regrouped (docs/design.md).

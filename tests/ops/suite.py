@@ -24,7 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastgen import backends, ops, testing
 from fastgen.ops.conv2d_arguments import arguments
 from fastgen.ops.diffusion_step import KEEP
-from fastgen.testing import Inputs, OpCase, frobenius_error, max_error, tolerance
+from fastgen.testing import Inputs, OpCase
+from fastgen.tolerance import frobenius_error, max_error, tolerance
 
 # The ops with kernels in C++ and in Triton, and a table of cases; and those with kernels in C++.
 NATIVE = (

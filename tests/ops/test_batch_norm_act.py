@@ -9,7 +9,8 @@ from torch import nn
 
 from fastgen import testing
 from fastgen.ops import batch_norm_act, batch_norm_act_reference
-from fastgen.testing import EAGER, max_error, tolerance
+from fastgen.testing import EAGER
+from fastgen.tolerance import max_error, tolerance
 
 eager = EAGER["batch_norm_act"]
 

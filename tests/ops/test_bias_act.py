@@ -10,7 +10,8 @@ from suite import OpSuite, places, threads
 from fastgen import testing
 from fastgen.ops import bias_act, bias_act_reference
 from fastgen.ops.bias_act import FUNCTIONS
-from fastgen.testing import EAGER, max_error, tolerance
+from fastgen.testing import EAGER
+from fastgen.tolerance import max_error, tolerance
 
 
 class TestBiasAct(OpSuite):

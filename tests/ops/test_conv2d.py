@@ -9,7 +9,8 @@ from torch import nn
 
 from fastgen import backends, testing
 from fastgen.ops import conv2d, convolution, norm_act_conv2d
-from fastgen.testing import EAGER, max_error, tolerance
+from fastgen.testing import EAGER
+from fastgen.tolerance import max_error, tolerance
 
 OPS = {"conv2d": conv2d, "norm_act_conv2d": norm_act_conv2d}
 PLACES = places("conv2d")

@@ -9,7 +9,8 @@ from torch import nn
 
 from fastgen import ops, testing
 from fastgen.ops import conv2d_norm_act, conv_transpose2d_norm_act
-from fastgen.testing import EAGER, OpCase, frobenius_error
+from fastgen.testing import EAGER, OpCase
+from fastgen.tolerance import frobenius_error
 
 OPS = ("conv2d_norm_act", "conv_transpose2d_norm_act")
 CASES = [case for op in OPS for case in testing.cases(op)]

@@ -7,7 +7,8 @@ from torch import nn
 
 from fastgen import testing
 from fastgen.ops import ACTIVATIONS, group_norm_act, group_norm_act_reference
-from fastgen.testing import EAGER, max_error, tolerance
+from fastgen.testing import EAGER
+from fastgen.tolerance import max_error, tolerance
 
 eager = EAGER["group_norm_act"]
 

@@ -6,7 +6,8 @@ from suite import Place, flat, gradients, names, outer_for, places, threads
 
 from fastgen import testing, use_backend
 from fastgen.ops import bias_act, modulated_conv2d, modulated_conv2d_reference
-from fastgen.testing import EAGER, OpCase, frobenius_error
+from fastgen.testing import EAGER, OpCase
+from fastgen.tolerance import frobenius_error
 
 CASES = testing.cases("modulated_conv2d")
 PLACES = places("modulated_conv2d")

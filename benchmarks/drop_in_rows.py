@@ -1,0 +1,204 @@
+"""The rows of `fastgen.accelerate` on models that other people wrote: a call, a training step, and what a call costs.
+
+Columns: the model as it was written; the same channels_last; torch.compile, also with freezing; accelerated.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+import fastgen
+from benchmarks.drop_in_models import MODELS, Foreign, gan_step, plain_step, tensor
+from benchmarks.harness import DTYPES, Bench, Column, Truth, run_row
+from benchmarks.record import Cell, Row
+from fastgen.acceleration import accelerating
+from fastgen.acceleration.backend import compile_graph
+from fastgen.tolerance import frobenius_error
+
+# Name in drop_in_models.MODELS, batch.
+CALLS = (
+    ("unet2d-cifar10", 1), ("unet2d-cifar10", 4), ("unet2d-cifar10", 16), ("autoencoder-kl-decode", 1),
+    ("denoising-diffusion-pytorch", 4), ("unet2d-condition", 1), ("dcgan-generator", 16), ("cyclegan-instance", 1),
+)  # fmt: skip
+STEPS = (("unet2d-cifar10", 8), ("denoising-diffusion-pytorch", 4), ("dcgan", 64), ("vae", 64))
+TOLERANCE = 1e-4  # of a whole model in fp32, relative
+
+
+def _quiet(model: nn.Module, **options: Any) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return fastgen.accelerate(copy.deepcopy(model), **options)
+
+
+def call_row(name: str, batch: int, dtype: str, bench: Bench) -> Row:
+    """A call in evaluation, without gradients."""
+    torch._dynamo.reset()
+    foreign, kind = MODELS[name], DTYPES[dtype]
+    row = Row("accelerate", f"{name}-batch {batch}", dtype, bench.device, auto="accelerate")
+    model = foreign.build().eval().to(bench.device, kind)
+    args, kwargs = foreign.inputs(model, batch)
+    with torch.no_grad():
+        reference = [tensor(model(*args, **kwargs)).clone()]
+    right = Truth(reference, [TOLERANCE], frobenius_error)
+
+    def column(label: str, network: Callable[..., Any], last: bool = False, ours: bool = False) -> Column:
+        given = tuple(a.contiguous(memory_format=torch.channels_last) if last and _image(a) else a for a in args)
+
+        def call() -> list[Tensor]:
+            return [tensor(network(*given, **kwargs))]
+
+        return Column(label, call, call, right, torch.no_grad, ours=ours)
+
+    last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    columns = [
+        column("eager", model), column("eager channels_last", last, last=True),
+        column("accelerate", _quiet(model), ours=True),
+        column("accelerate infer", _quiet(model, mode="infer"), ours=True),
+    ]  # fmt: skip
+    modes = bench.compile_modes(row)
+    if modes and bench.device == "cpu":
+        modes["compile freezing"] = {"options": {"freezing": True}}
+    for label, options in modes.items():
+        columns.append(column(label, torch.compile(copy.deepcopy(model), dynamic=False, **options)))
+    if modes:
+        columns.append(column("compile channels_last", torch.compile(copy.deepcopy(last), dynamic=False), last=True))
+    return run_row(row, columns, bench.timer, bench.seconds)
+
+
+def _image(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.ndim == 4
+
+
+def step_row(name: str, batch: int, dtype: str, bench: Bench) -> Row:
+    """A training step: forward, backward, the optimizer; of a GAN both networks'. Right if the losses are."""
+    torch._dynamo.reset()
+    foreign, kind = MODELS[name], DTYPES[dtype]
+    row = Row(
+        "accelerate", f"{name} training-batch {batch}", dtype, bench.device, "forward+backward", auto="accelerate"
+    )
+    model = foreign.build().train().to(bench.device, kind)
+    args, kwargs = foreign.inputs(model, batch)
+
+    def column(label: str, network: nn.Module, ours: bool = False) -> Column:
+        networks = list(network.values()) if foreign.gan else [network]
+        optimizers = [torch.optim.AdamW(n.parameters(), lr=1e-9, weight_decay=0.0) for n in networks]
+
+        def step() -> list[Tensor]:
+            torch.manual_seed(0)
+            losses = (gan_step if foreign.gan else plain_step)(network, foreign, optimizers, args, kwargs)
+            return [torch.tensor(losses)]
+
+        return Column(label, step, step, right, ours=ours)
+
+    right = Truth([torch.zeros(0)], [0.0])
+    eager = column("eager", copy.deepcopy(model))
+    right = Truth(eager.call(), [TOLERANCE], frobenius_error)
+    columns = [
+        column("eager", copy.deepcopy(model)),
+        column("eager channels_last", copy.deepcopy(model).to(memory_format=torch.channels_last)),
+        column("accelerate", _each(copy.deepcopy(model), foreign, _accelerated), ours=True),
+    ]
+    for label, options in bench.compile_modes(row).items():
+        compiled = _each(copy.deepcopy(model), foreign, partial(_compiled, dynamic=False, **options))
+        columns.append(column(label, compiled))
+    return run_row(row, columns, bench.timer, bench.seconds)
+
+
+def _each(model: nn.Module, foreign: Foreign, do: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """``do`` to the network, or to each of a GAN's."""
+    for network in model.values() if foreign.gan else [model]:
+        do(network)
+    return model
+
+
+def _accelerated(network: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return fastgen.accelerate(network)
+
+
+def _compiled(network: nn.Module, **options: Any) -> nn.Module:
+    network.compile(**options)
+    return network
+
+
+def overhead_row(name: str, bench: Bench, calls: int = 100) -> Row:
+    """What a call costs around the captured graph: Dynamo's guards and what stands before them. And the first call.
+
+    Columns: "Dynamo" is torch.compile with a backend that runs what it is given. No gate: there is nothing to compute.
+    """
+    row = Row("accelerate", f"{name} around the graph", "fp32", bench.device, auto="accelerate")
+    foreign = MODELS[name]
+    made = foreign.build().eval().to(bench.device)
+    args, kwargs = foreign.inputs(made, 1)
+    row.case += f", {sum(1 for _ in made.parameters())} parameters"
+    for label in ("Dynamo", "accelerate", "accelerate infer"):
+        torch._dynamo.reset()
+        model, clock = copy.deepcopy(made), _Clock()
+        with torch.no_grad(), mock.patch.object(accelerating, "compile_graph", clock.compile_graph):
+            start = time.perf_counter()
+            if label == "Dynamo":
+                model.compile(backend=clock.backend)
+            else:
+                fastgen.accelerate(model, mode="infer" if "infer" in label else "auto")
+            model(*args, **kwargs)
+            first = time.perf_counter() - start
+            around = [clock.around(lambda model=model: model(*args, **kwargs)) for _ in range(calls)]
+        around.sort()
+        tenth = len(around) // 10
+        row.columns[label] = Cell("unchecked", ms=1e3 * statistics.median(around), p10_ms=1e3 * around[tenth],
+                                  p90_ms=1e3 * around[-1 - tenth], samples=calls)  # fmt: skip
+        row.columns[f"first call, {label}"] = Cell("unchecked", ms=1e3 * first, p10_ms=1e3 * first, p90_ms=1e3 * first)
+    return row
+
+
+class _Clock:
+    """Adds up the time that captured graphs take, so that what a call takes beside them is known."""
+
+    def __init__(self) -> None:
+        self.inside = 0.0
+
+    def timed(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*given: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return forward(*given)
+            finally:
+                self.inside += time.perf_counter() - start
+
+        return run
+
+    def backend(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        return self.timed(graph.forward)
+
+    def compile_graph(self, *args: Any) -> Any:
+        (result, forward), failure = compile_graph(*args)
+        return (result, self.timed(forward)), failure
+
+    def around(self, call: Callable[[], Any]) -> float:
+        self.inside = 0.0
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start - self.inside
+
+
+def accelerate_rows(dtype: str, bench: Bench, *, quick: bool = False) -> Iterator[Callable[[], Row]]:
+    for name, batch in CALLS[:1] if quick else CALLS:
+        yield partial(call_row, name, batch, dtype, bench)
+    for name, batch in () if quick else STEPS:
+        yield partial(step_row, name, batch, dtype, bench)
+    if dtype == "fp32" and not quick:
+        yield partial(overhead_row, "unet2d-cifar10", bench)
+
+
+DROP_IN = {"accelerate": accelerate_rows}
