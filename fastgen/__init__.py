@@ -22,7 +22,7 @@ if importlib.util.find_spec("fastgen.kernels") is None:
     )
 
 if TYPE_CHECKING:
-    from fastgen import metrics, ops
+    from fastgen import metrics, ops, schedulers
     from fastgen.backends import use_backend
     from fastgen.checkpoint import load, save
     from fastgen.diagnosis import doctor
@@ -61,6 +61,7 @@ __all__ = [
     "sample",
     "sample_to_folder",
     "save",
+    "schedulers",
     "stream",
     "tune",
     "use_backend",
@@ -68,7 +69,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("metrics", "ops"):
+    if name in ("metrics", "ops", "schedulers"):
         return importlib.import_module(f"fastgen.{name}")
     if name in _WHERE:
         return getattr(importlib.import_module(f"fastgen.{_WHERE[name]}"), name)
