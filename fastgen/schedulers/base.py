@@ -185,7 +185,7 @@ class Scheduler(Configurable):
         own = self._timesteps
         if (
             timestep.device.type != "cpu" and timestep.ndim == 0 and timestep.dtype == own.dtype
-            and timestep.untyped_storage().data_ptr() == own.untyped_storage().data_ptr()
+            and timestep.untyped_storage()._cdata == own.untyped_storage()._cdata
         ):  # fmt: skip
             return self._numbers[timestep.storage_offset() - own.storage_offset()]
         if timestep.numel() != 1:
