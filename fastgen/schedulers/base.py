@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from fastgen import ops
-from fastgen.diffusion.schedules import DiffusionConfig, betas, zero_terminal_snr
+from fastgen.diffusion.schedules import DiffusionConfig, Prediction, betas, zero_terminal_snr
 from fastgen.diffusion.spacing import timestep_sequence
 from fastgen.errors import UsageError
 from fastgen.schedulers.config import Configurable
 
-PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
+PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
 SPACINGS = ("leading", "linspace", "trailing")
 
@@ -68,8 +68,7 @@ class Scheduler(Configurable):
         # a pipeline that is saved with ours opens with diffusers alone.
         self.__module__ = "diffusers"
         self._check_settings()
-        self._clip = self._find_clip()
-        self._prediction = PREDICTIONS[self._config.prediction_type]
+        self._find_clip()
         with torch.inference_mode(False):
             self.betas = self._find_betas()
             self.alphas = 1.0 - self.betas
@@ -82,26 +81,48 @@ class Scheduler(Configurable):
         return _leaves(Scheduler)
 
     def __len__(self) -> int:
-        return self._config.num_train_timesteps
+        return self._internal_dict.num_train_timesteps
+
+    @property
+    def timesteps(self) -> Tensor:
+        """The timesteps of the run, falling, on the device that set_timesteps was told."""
+        return self._shown
+
+    @timesteps.setter
+    def timesteps(self, timesteps: Tensor) -> None:
+        self._shown = timesteps
 
     # Settings
 
+    def register_to_config(self, **settings: Any) -> None:
+        super().register_to_config(**settings)
+        self._check_settings()
+
+    @property
+    def _prediction(self) -> Prediction:
+        return PREDICTIONS[self._internal_dict.prediction_type]
+
+    @property
+    def _abar(self) -> Tensor:
+        """fp64 [T], of ``alphas_cumprod`` wherever the caller has moved it."""
+        return self.alphas_cumprod.double().cpu()
+
     def _own(self, name: str) -> Any:
         """A setting that this class takes; None for what the config only carries along."""
-        return self._config[name] if name in self.settings() else None
+        return self._internal_dict[name] if name in self.settings() else None
 
     def _check_settings(self) -> None:
         known = {"prediction_type": tuple(PREDICTIONS), "timestep_spacing": SPACINGS}
-        if self._config.trained_betas is None:
+        if self._internal_dict.trained_betas is None:
             known["beta_schedule"] = tuple(SCHEDULES)
         for name, values in {**known, **self.SUPPORTED}.items():
-            value = self._config[name]
+            value = self._internal_dict[name]
             if not any(value is v or (v is not None and type(value) is type(v) and value == v) for v in values):
                 raise UsageError(
                     f"{name}: {value!r} is not supported by fastgen's {type(self).__name__}; choose "
                     f"{' or '.join(repr(v) for v in values)}, or keep diffusers' scheduler"
                 )
-        T, offset = self._config.num_train_timesteps, self._config.steps_offset
+        T, offset = self._internal_dict.num_train_timesteps, self._internal_dict.steps_offset
         if isinstance(T, bool) or not isinstance(T, int) or T < 1:
             raise UsageError(f"num_train_timesteps: must be a whole number of at least 1, not {T!r}")
         if isinstance(offset, bool) or not isinstance(offset, int) or offset < 0:
@@ -111,17 +132,17 @@ class Scheduler(Configurable):
         """The bound of the predicted image. Dynamic thresholds lie between 1 and sample_max_value: a clip where both
         are 1, as they are by default."""
         if self._own("thresholding"):
-            if self._config.sample_max_value != 1:
+            if self._internal_dict.sample_max_value != 1:
                 raise UsageError(
-                    f"sample_max_value: must be 1 with thresholding, not {self._config.sample_max_value!r}: thresholds "
-                    "from the image are not supported; set thresholding=False, or keep diffusers' scheduler"
+                    f"sample_max_value: must be 1 with thresholding, not {self._internal_dict.sample_max_value!r}: "
+                    "thresholds from the image are not supported; set thresholding=False, or keep diffusers' scheduler"
                 )
             return 1.0
-        return float(self._config.clip_sample_range) if self._own("clip_sample") else None
+        return float(self._internal_dict.clip_sample_range) if self._own("clip_sample") else None
 
     def _find_betas(self) -> Tensor:
         """fp32 [T]."""
-        c, rescale = self._config, bool(self._own("rescale_betas_zero_snr"))
+        c, rescale = self._internal_dict, bool(self._own("rescale_betas_zero_snr"))
         T = c.num_train_timesteps
         if c.trained_betas is not None:
             trained = torch.as_tensor(c.trained_betas, dtype=torch.float32).clone()
@@ -138,7 +159,7 @@ class Scheduler(Configurable):
 
     def _spaced(self, steps: int, T: int | None = None) -> Tensor:
         """The steps to visit by the spacing of the config, int64 [S]."""
-        T, c = T or self._config.num_train_timesteps, self._config
+        T, c = T or self._internal_dict.num_train_timesteps, self._internal_dict
         self._check_steps(steps, T)
         t = timestep_sequence(T, steps, c.timestep_spacing)
         return t + c.steps_offset if c.timestep_spacing == "leading" else t
@@ -156,7 +177,7 @@ class Scheduler(Configurable):
         return t
 
     def _check_range(self, t: Tensor) -> None:
-        T = self._config.num_train_timesteps
+        T = self._internal_dict.num_train_timesteps
         if t.ndim != 1 or not len(t):
             raise UsageError(f"timesteps: must be a list of numbers in 0 … {T - 1}")
         if not bool(((t >= 0) & (t <= T - 1)).all()):
@@ -176,7 +197,7 @@ class Scheduler(Configurable):
             elif number not in again:  # the second of equals, as in diffusers: there a run that begins later begins
                 self._positions[number] = i
                 again.add(number)
-        self.timesteps = self._timesteps = t.to(device)
+        self._shown = self._timesteps = t.to(device)
 
     def _number(self, timestep: float | Tensor) -> float:
         """A timestep as a number. For an element of ``timesteps`` on a GPU that is known without waiting for it."""
@@ -217,7 +238,7 @@ class Scheduler(Configurable):
         history, noise = (None if x is None else x.to(dtype) for x in (history, noise))
         return ops.diffusion_step(
             sample.to(dtype), model_output, rows, numbers[row],
-            clip=self._clip, history=history, keep="x0", noise=noise,
+            clip=self._find_clip(), history=history, keep="x0", noise=noise,
         )  # fmt: skip
 
     def _mix(self, table: Table, x: Tensor, noise: Tensor, rows: Tensor) -> Tensor:
@@ -236,19 +257,23 @@ class DiscreteScheduler(Scheduler):
 
     init_noise_sigma = 1.0
 
-    def __init__(self) -> None:
-        super().__init__()
-        abar = self.alphas_cumprod.double()
-        self._forward = Table(torch.stack([abar.sqrt(), (1 - abar).sqrt()], dim=1))
-        self._velocity = Table(torch.stack([abar.sqrt(), -(1 - abar).sqrt()], dim=1))
+    _mixing: tuple[Tensor, Table, Table] | None = None
+
+    def _mixtures(self) -> tuple[Table, Table]:
+        """sqrt(abar) and sqrt(1 - abar) of each training step, and the same with the second negative."""
+        if self._mixing is None or self._mixing[0] is not self.alphas_cumprod:
+            a, b = self._abar.sqrt(), (1 - self._abar).sqrt()
+            tables = (Table(torch.stack([a, sign * b], dim=1)) for sign in (1, -1))
+            self._mixing = self.alphas_cumprod, *tables
+        return self._mixing[1:]
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_t [N, *] of images [N, *] at the timesteps, an integer tensor [N] or [1] of 0 … T-1."""
-        return self._mix(self._forward, original_samples, noise, timesteps)
+        return self._mix(self._mixtures()[0], original_samples, noise, timesteps)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """What a v_prediction model should answer: sqrt(abar) noise - sqrt(1 - abar) sample, [N, *]."""
-        return self._mix(self._velocity, noise, sample, timesteps)
+        return self._mix(self._mixtures()[1], noise, sample, timesteps)
 
     def _check_pure_noise(self, abar: Tensor) -> None:
         """abar: of the timesteps to visit."""

@@ -58,7 +58,7 @@ def registered(init: Callable[..., None]) -> Callable[..., None]:
         bound.apply_defaults()
         settings = dict(list(bound.arguments.items())[1:])
         left = [name for name in settings if name not in given]
-        self._config = Config(settings | ({"_use_default_values": left} if left else {}))
+        self._internal_dict = Config(settings | ({"_use_default_values": left} if left else {}))
         init(*bound.args, **bound.kwargs)
 
     return wrapper
@@ -68,14 +68,20 @@ class Configurable:
     """What is made from a config, and written as one."""
 
     config_name = FILE
-    _config: Config
+    _internal_dict: Config  # by diffusers' name: pipelines put corrected configs there
 
     @property
     def config(self) -> Config:
         self._join_diffusers()
-        return self._config
+        return self._internal_dict
+
+    def register_to_config(self, **settings: Any) -> None:
+        """Settings that go before those of the config. Betas are made once; all else counts from the next
+        set_timesteps on."""
+        self._internal_dict = Config({**self._internal_dict, **settings})
 
     @classmethod
+    @functools.cache
     def settings(cls) -> list[str]:
         """The names of the settings that the class takes."""
         return list(inspect.signature(cls.__init__).parameters)[1:]
@@ -115,7 +121,7 @@ class Configurable:
         scheduler = cls(**chosen)
         if "_class_name" in hidden:
             hidden["_class_name"] = cls.__name__
-        scheduler._config = Config({**scheduler._config, **hidden})
+        scheduler._internal_dict = Config({**scheduler._internal_dict, **hidden})
         return (scheduler, {**kwargs, **hidden}) if return_unused_kwargs else scheduler
 
     @classmethod
@@ -161,7 +167,7 @@ class Configurable:
 
     def to_json_string(self) -> str:
         """The config as diffusers writes it."""
-        plain = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in self._config.items()}
+        plain = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in self._internal_dict.items()}
         plain.pop("_use_default_values", None)
         plain = {"_diffusers_version": FORMAT, **plain, "_class_name": type(self).__name__}
         return json.dumps(plain, indent=2, sort_keys=True) + "\n"

@@ -46,7 +46,7 @@ class DDIMScheduler(DiscreteScheduler):
         """Lays out a run. Raises UsageError for a number of steps that is not in 1 … T, or steps beyond T-1."""
         t = self._spaced(num_inference_steps)
         self._check_range(t)
-        self._check_pure_noise(self.alphas_cumprod[t])
+        self._check_pure_noise(self._abar[t])
         self.num_inference_steps = num_inference_steps
         self._visit(t, device)
         self._made = None
@@ -56,9 +56,9 @@ class DDIMScheduler(DiscreteScheduler):
         spacing, and before 0 to the final alpha."""
         key = (eta, use_clipped_model_output)
         if self._made is None or self._made[0] != key:
-            abar = self.alphas_cumprod.double()
+            abar = self._abar
             leap = len(abar) // self.num_inference_steps
-            after = torch.cat([self.final_alpha_cumprod.double().expand(leap), abar[:-leap]])
+            after = torch.cat([self.final_alpha_cumprod.double().cpu().expand(leap), abar[:-leap]])
             update = ddim_update(abar, after, *key)
             self._made = key, Table(torch.stack([*predictions(abar, self._prediction), *update], dim=1))
         return self._made[1]

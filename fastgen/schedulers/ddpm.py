@@ -48,6 +48,16 @@ class DDPMScheduler(DiscreteScheduler):
         self._visit(torch.arange(num_train_timesteps - 1, -1, -1), None)
         self._table: Table | None = None  # of all T steps, where there was no set_timesteps
 
+    @property
+    def timesteps(self) -> Tensor:
+        """The timesteps of the run, falling; others may take their place: a step leads from one to the next."""
+        return self._shown
+
+    @timesteps.setter
+    def timesteps(self, timesteps: Tensor) -> None:
+        self._visit(timesteps.cpu(), timesteps.device)
+        self._table = None
+
     def set_timesteps(
         self, num_inference_steps: int | None = None, device: Any = None, timesteps: Sequence[int] | None = None
     ) -> None:
@@ -65,7 +75,7 @@ class DDPMScheduler(DiscreteScheduler):
         self._table = table
 
     def _make(self, t: Tensor) -> Table:
-        abar = self.alphas_cumprod.double()[t]
+        abar = self._abar[t]
         self._check_pure_noise(abar)
         after = torch.cat([abar[1:], abar.new_ones(1)])
         *update, sigma = ddpm_update(abar, after)
@@ -89,7 +99,7 @@ class DDPMScheduler(DiscreteScheduler):
         """
         row = self.index_for_timestep(timestep)
         if self._table is None:
-            self._table = self._make(self.timesteps.cpu())
+            self._table = self._make(self._timesteps.cpu())
         noise = draw(model_output, generator) if self._numbers[row] > 0 else None
         return result(*self._update(self._table, row, model_output, sample, noise=noise), return_dict)
 

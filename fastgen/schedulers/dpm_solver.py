@@ -76,14 +76,14 @@ class DPMSolverMultistepScheduler(SolverScheduler):
     ) -> None:
         # The settings of DEIS and UniPC, in place of which diffusers takes these too.
         if algorithm_type == "deis":
-            self._config = Config({**self._config, "algorithm_type": "dpmsolver++"})
+            self._internal_dict = Config({**self._internal_dict, "algorithm_type": "dpmsolver++"})
         if solver_type in ("logrho", "bh1", "bh2"):
-            self._config = Config({**self._config, "solver_type": "midpoint"})
+            self._internal_dict = Config({**self._internal_dict, "solver_type": "midpoint"})
         super().__init__()
         abar = self.alphas_cumprod
         self.alpha_t, self.sigma_t = abar.sqrt(), (1 - abar).sqrt()
         self.lambda_t = self.alpha_t.log() - self.sigma_t.log()
-        self.sigmas = self._levels.float()
+        self._sigmas = self._levels.float()
         self._visit(torch.arange(num_train_timesteps - 1, -1, -1).float(), None)
 
     def set_timesteps(
@@ -99,19 +99,19 @@ class DPMSolverMultistepScheduler(SolverScheduler):
             raise UsageError("mu: goes with use_dynamic_shifting, which is not supported; leave it out")
         if (num_inference_steps is None) == (timesteps is None):
             raise UsageError("num_inference_steps: give either it or timesteps")
-        if timesteps is not None and self._config.use_karras_sigmas:
+        if timesteps is not None and self._internal_dict.use_karras_sigmas:
             raise UsageError("timesteps: do not go with use_karras_sigmas, which chooses its own; leave them out")
-        if self._config.use_karras_sigmas:
+        self._restart()
+        if self._internal_dict.use_karras_sigmas:
             self._check_steps(num_inference_steps, len(self))
             t, sigma = self._ramp(self._levels[-1], self._levels[0], num_inference_steps)
-            t = t.long() if self._config.beta_schedule == "squaredcos_cap_v2" else t.round().long()
+            t = t.long() if self._internal_dict.beta_schedule == "squaredcos_cap_v2" else t.round().long()
         else:
             t = self._sequence(num_inference_steps) if timesteps is None else torch.as_tensor(timesteps).cpu().long()
             self._check_range(t)
             sigma = self._at(t)
-        self.sigmas = torch.cat([sigma, self._last()]).float()
+        self._sigmas = torch.cat([sigma, self._last()]).float()
         self._visit(t, device)
-        self._restart()
         self._before: Tensor | None = None
         self._table = self._make()
         sigma = self.sigmas.double()
@@ -121,7 +121,7 @@ class DPMSolverMultistepScheduler(SolverScheduler):
 
     def _sequence(self, steps: int) -> Tensor:
         """The steps to visit, int64; lambda_min_clipped leaves out the noisiest of a schedule."""
-        T, c = len(self), self._config
+        T, c = len(self), self._internal_dict
         last = T - int(torch.searchsorted(self.lambda_t.flip(0), c.lambda_min_clipped))
         self._check_steps(steps, T if c.timestep_spacing == "trailing" else last - 1)
         if c.timestep_spacing == "trailing" and last < T:
@@ -132,7 +132,7 @@ class DPMSolverMultistepScheduler(SolverScheduler):
 
     def _make(self) -> Table:
         """2 S rows: those that look back, then those of the first order, which a run begins with wherever it does."""
-        sigma, c = self.sigmas.double(), self._config
+        sigma, c = self.sigmas.double(), self._internal_dict
         here, after, S = sigma[:-1], sigma[1:], len(sigma) - 1
         h, k = here.log() - after.log(), 2.0 if c.algorithm_type == "sde-dpmsolver++" else 1.0
         share = torch.full_like(h, 0.5) if c.solver_type == "midpoint" else 1 / (1 - (-k * h).exp()) - 1 / (k * h)
@@ -170,7 +170,7 @@ class DPMSolverMultistepScheduler(SolverScheduler):
         row = self._current(timestep)
         history = self._before if self._looks_back[row] else None
         noise = None
-        if self._config.algorithm_type == "sde-dpmsolver++":
+        if self._internal_dict.algorithm_type == "sde-dpmsolver++":
             noise = draw(model_output, generator, torch.float32) if variance_noise is None else variance_noise
         place = row + (len(self._numbers) if history is None else 0)
         prev_sample, self._before = self._update(self._table, place, model_output, sample, history, noise)

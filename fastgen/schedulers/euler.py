@@ -69,6 +69,7 @@ class EulerDiscreteScheduler(SigmaScheduler):
         the last is where it ends. Raises UsageError unless exactly one of them is given and possible."""
         if (num_inference_steps, timesteps, sigmas).count(None) != 2:
             raise UsageError("num_inference_steps: give exactly one of it, timesteps and sigmas")
+        self._restart()
         if sigmas is not None:
             sigma = torch.as_tensor(sigmas, dtype=torch.float32).cpu().double()
             if sigma.ndim != 1 or len(sigma) < 2 or not bool((sigma[:-1] > 0).all()) or not sigma[-1] >= 0:

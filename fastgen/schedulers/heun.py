@@ -66,6 +66,7 @@ class HeunDiscreteScheduler(SigmaScheduler):
         T = num_train_timesteps or len(self)
         if not 1 <= T <= len(self):
             raise UsageError(f"num_train_timesteps: must be in 1 … {len(self)}, not {T!r}")
+        self._restart()
         t, sigma = self._chosen(num_inference_steps, timesteps, T)
         sigma, t = (torch.cat([x[:1], x[1:].repeat_interleave(2)]) for x in (sigma, t))
         self._take(t, torch.cat([sigma, self._last()]), device)
@@ -86,7 +87,7 @@ class HeunDiscreteScheduler(SigmaScheduler):
         one, zero = torch.ones_like(here), torch.zeros_like(here)
         keep, towards = euler_step(one, one, here, ahead)
         half = torch.cat([here[:1], (here[1:] - here[:-1]) / 2])
-        if self._clip is None:
+        if self._find_clip() is None:
             correct = [one / 2, zero, half, one / 2, zero]
         else:  # eps is not clipped: (x^ - x0^) / sigma' is
             correct = [0.5 + half / here, -half / here, zero, one / 2, zero]

@@ -25,14 +25,20 @@ class SolverScheduler(Scheduler):
         super().__init__()
         if self._own("rescale_betas_zero_snr"):
             self.alphas_cumprod[-1] = LEAST_ABAR
-        # fp64 [T], rising, with the rounding of diffusers' fp32, which decides where t is cut off to a whole number.
-        levels = ((1 - self.alphas_cumprod) / self.alphas_cumprod).sqrt()
-        self._levels, self._logs = levels.double(), torch.from_numpy(np.log(levels.numpy())).double()
         self._restart()
 
     def _restart(self) -> None:
+        # fp64 [T], rising, with the rounding of diffusers' fp32, which decides where t is cut off to a whole number.
+        abar = self.alphas_cumprod.cpu()
+        levels = ((1 - abar) / abar).sqrt()
+        self._levels, self._logs = levels.double(), torch.from_numpy(np.log(levels.numpy())).double()
         self._step_index: int | None = None
         self._begin_index: int | None = None
+
+    @property
+    def sigmas(self) -> Tensor:
+        """The levels of the run and where it ends, fp32 [S + 1], on the CPU."""
+        return self._sigmas
 
     @property
     def step_index(self) -> int | None:
@@ -54,7 +60,7 @@ class SolverScheduler(Scheduler):
 
     def _ramp(self, largest: Tensor, least: Tensor, steps: int) -> tuple[Tensor, Tensor]:
         """t and sigma [S] of use_karras_sigmas, between the given two or the config's own."""
-        most, fewest = self._config.get("sigma_max"), self._config.get("sigma_min")
+        most, fewest = self._internal_dict.get("sigma_max"), self._internal_dict.get("sigma_min")
         sigma = karras_ramp(largest.item() if most is None else most, least.item() if fewest is None else fewest, steps)
         return self._t_of(sigma), sigma
 
@@ -102,7 +108,7 @@ class SigmaScheduler(SolverScheduler):
     def init_noise_sigma(self) -> Tensor:
         """The standard deviation of the state at the first step, fp32 []."""
         largest = self.sigmas.max()
-        if self._config.timestep_spacing in ("linspace", "trailing"):
+        if self._internal_dict.timestep_spacing in ("linspace", "trailing"):
             return largest
         return (largest.square() + 1).sqrt()
 
@@ -117,29 +123,28 @@ class SigmaScheduler(SolverScheduler):
     def _chosen(self, steps: int, timesteps: Any, T: int) -> tuple[Tensor, Tensor]:
         """t and sigma, fp64 [S], of a number of steps or of given timesteps."""
         if timesteps is not None:
-            if self._config.use_karras_sigmas:
+            if self._internal_dict.use_karras_sigmas:
                 raise UsageError("timesteps: do not go with use_karras_sigmas, which chooses its own; leave them out")
             t = torch.as_tensor(timesteps, dtype=torch.float32).cpu()
             self._check_range(t)
-        elif self._config.timestep_spacing == "linspace":
+        elif self._internal_dict.timestep_spacing == "linspace":
             self._check_steps(steps, T)
             t = self._linspace(steps, T)
         else:
             t = self._spaced(steps, T)
         t = t.float().double()
         sigma = self._at(t)
-        if self._config.use_karras_sigmas:
+        if self._internal_dict.use_karras_sigmas:
             return self._ramp(sigma[0], sigma[-1], len(sigma))
         return t, sigma
 
     def _take(self, t: Tensor, sigmas: Tensor, device: Any) -> None:
         """Begins a run over t [R] at sigmas [R + 1], the last where it ends."""
-        self.sigmas = sigmas.float()
+        self._sigmas = sigmas.float()
         sigma = self.sigmas.double()
         self._sizes = (sigma.square() + 1).sqrt().tolist()
         self._noising = Table(torch.stack([torch.ones_like(sigma), sigma], dim=1))
         self._visit(t.float(), device)
-        self._restart()
 
     def _predictions(self, sigma: Tensor) -> list[Tensor]:
         """p0 … p3 of the state x0 + sigma noise."""
