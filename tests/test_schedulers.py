@@ -116,6 +116,12 @@ def test_few_steps(kind: str, steps: int) -> None:
     run(kind, steps)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_step_of_a_thousand(kind: str) -> None:
+    """Where diffusers' fp32 cancels most, and its pipelines' default for DDPM."""
+    run(kind, 1000, **({"timestep_spacing": "trailing"} if kind.startswith("DPM") else {}))
+
+
 CLIPS = [{"clip_sample": False}, {"clip_sample_range": 0.5}, {"thresholding": True}]
 OPTIONS = {
     "DDPMScheduler": [
@@ -454,10 +460,67 @@ def test_a_timestep_on_another_device_is_known_by_its_place() -> None:
         scheduler._number(tail.clone()[0])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_step_waits_for_its_device(kind: str) -> None:
+    """A whole run on the meta device, where whatever asks for a value raises."""
+    scheduler = getattr(schedulers, kind)()
+    scheduler.set_timesteps(5, device="meta")
+    x = torch.empty(SHAPE, device="meta")
+    options = {"eta": 0.5} if kind.startswith("DDIM") else {}
+    for t in scheduler.timesteps:
+        x = scheduler.step(scheduler.scale_model_input(x, t), t, x, **options).prev_sample
+    assert x.shape == SHAPE and x.device.type == "meta"
+
+
 def test_tables_are_placed_once() -> None:
     table = Table(torch.ones(3, 9))
     assert table.on(torch.device("cpu"))[0] is table.on(torch.device("cpu"))[0]
     assert table.on(torch.device("meta"))[0].device.type == "meta"
+
+
+# What callers change in a scheduler
+
+
+def test_other_timesteps_may_take_their_place() -> None:
+    """DDPM goes from one to the next of what is there; what the others were not told of, they refuse."""
+    theirs, ours = both("DDPMScheduler")
+    for scheduler in (theirs, ours):
+        scheduler.set_timesteps(20)
+        scheduler.timesteps = scheduler.timesteps[2::3]
+    walk(theirs, ours)
+    solver = ready("DPMSolverMultistepScheduler")
+    solver.timesteps = torch.tensor([5])
+    with pytest.raises(UsageError, match="timestep: 5 is not one of the 10"):
+        solver.step(torch.ones(SHAPE), solver.timesteps[0], torch.ones(SHAPE))
+    with pytest.raises(AttributeError):
+        solver.sigmas = torch.ones(11)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_alphas_count(kind: str) -> None:
+    """As where a caller rescales them. Ours are what is asked of it at set_timesteps."""
+    theirs, ours = both(kind)
+    x, noise = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
+    for scheduler in (theirs, ours):
+        scheduler.alphas_cumprod = scheduler.alphas_cumprod.clone().pow(0.5)
+        scheduler.set_timesteps(10)
+    t = theirs.timesteps[[2, 4]]
+    close(ours.add_noise(x, noise, t), theirs.add_noise(x, noise, t), 5.0, kind)
+    walk(theirs, ours)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_settings_that_are_changed_count(kind: str) -> None:
+    """By the method, and as diffusers' pipelines do it, which put a config in the place of an old one."""
+    theirs, ours = both(kind, timestep_spacing="trailing", prediction_type="sample")
+    for scheduler in (theirs, ours):
+        scheduler.register_to_config(timestep_spacing="leading", prediction_type="v_prediction")
+        scheduler._internal_dict = diffusers.configuration_utils.FrozenDict({**scheduler.config, "steps_offset": 1})
+        scheduler.set_timesteps(10)
+    assert ours.config.steps_offset == 1
+    walk(theirs, ours)
+    with pytest.raises(UsageError, match="timestep_spacing: 'even'"):
+        ours.register_to_config(timestep_spacing="even")
 
 
 # Configs

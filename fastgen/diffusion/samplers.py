@@ -153,12 +153,11 @@ class DDPM:
 
     def plan(self, config: DiffusionConfig, steps: int) -> SamplingPlan:
         timesteps, abar, after = _layout(config, steps, self.spacing)
-        return _plan(timesteps, abar, config, ddpm_update(abar, after))
+        return _plan(timesteps, abar, config, ddpm_update(abar, after, abar / after))
 
 
-def ddpm_update(abar: Tensor, after: Tensor) -> list[Tensor]:
-    """q0 … q4 of `DDPM` from abar to abar', all fp64 [S]."""
-    alpha = abar / after
+def ddpm_update(abar: Tensor, after: Tensor, alpha: Tensor) -> list[Tensor]:
+    """q0 … q4 of `DDPM` from abar to abar' with alpha = abar / abar', all fp64 [S]."""
     keep = alpha.sqrt() * (1 - after) / (1 - abar)
     towards = after.sqrt() * (1 - alpha) / (1 - abar)
     sigma = ((1 - alpha) * (1 - after) / (1 - abar)).sqrt()

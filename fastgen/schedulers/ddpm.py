@@ -78,9 +78,11 @@ class DDPMScheduler(DiscreteScheduler):
         abar = self._abar[t]
         self._check_pure_noise(abar)
         after = torch.cat([abar[1:], abar.new_ones(1)])
-        *update, sigma = ddpm_update(abar, after)
+        # In fp32 as in diffusers: where a thousand steps are taken, 1 - alpha keeps three digits of it, and they decide.
+        alpha = (abar.float() / after.float()).double()
+        *update, sigma = ddpm_update(abar, after, alpha)
         if self.variance_type == "fixed_large":
-            sigma = (1 - abar / after).sqrt()
+            sigma = (1 - alpha).sqrt()
         sigma = sigma.clamp(min=LEAST_DEVIATION) * (t > 0)
         return Table(torch.stack([*predictions(abar, self._prediction), *update, sigma], dim=1))
 
