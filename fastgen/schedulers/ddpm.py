@@ -78,7 +78,7 @@ class DDPMScheduler(DiscreteScheduler):
         abar = self._abar[t]
         self._check_pure_noise(abar)
         after = torch.cat([abar[1:], abar.new_ones(1)])
-        # In fp32 as in diffusers: where a thousand steps are taken, 1 - alpha keeps three digits of it, and they decide.
+        # In fp32 as in diffusers: of a thousand steps, 1 - alpha has three digits right there, and they decide.
         alpha = (abar.float() / after.float()).double()
         *update, sigma = ddpm_update(abar, after, alpha)
         if self.variance_type == "fixed_large":
