@@ -22,10 +22,11 @@ from benchmarks.drop_in_rows import DROP_IN
 from benchmarks.harness import DTYPES, Bench
 from benchmarks.op_rows import OPS, op_rows
 from benchmarks.record import Record, Row
+from benchmarks.scheduler_rows import SCHEDULERS
 from benchmarks.training_rows import TRAINING
 from fastgen.testing import cases
 
-MODELS = {**model_rows.MODELS, **TRAINING, **DROP_IN}
+MODELS = {**model_rows.MODELS, **TRAINING, **SCHEDULERS, **DROP_IN}
 BANDWIDTH = ["diffusion_step", "q_sample", "reparameterize", "to_uint8"]
 # What is asked of a GPU comes first, in case time runs out.
 FIRST = {"cpu": [], "cuda": ["group_norm_act", *BANDWIDTH, "attention", "sampling", "unet", "training"]}

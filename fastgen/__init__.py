@@ -23,9 +23,10 @@ if importlib.util.find_spec("fastgen.kernels") is None:
     )
 
 if TYPE_CHECKING:
-    from fastgen import metrics, nn, ops
+    from fastgen import metrics, nn, ops, schedulers
     from fastgen.acceleration.explaining import explain
-    from fastgen.acceleration.public import VerificationError, accelerate, restore
+    from fastgen.acceleration.public import accelerate, restore
+    from fastgen.acceleration.verifying import VerificationError
     from fastgen.backends import use_backend
     from fastgen.checkpoint import load, save
     from fastgen.diagnosis import doctor
@@ -40,7 +41,7 @@ _WHERE = {
     "BackendError": "backends",
     "Samples": "images",
     "UsageError": "errors",
-    "VerificationError": "acceleration.public",
+    "VerificationError": "acceleration.verifying",
     "accelerate": "acceleration.public",
     "doctor": "diagnosis",
     "explain": "acceleration.explaining",
@@ -73,6 +74,7 @@ __all__ = [
     "sample",
     "sample_to_folder",
     "save",
+    "schedulers",
     "stream",
     "tune",
     "use_backend",
@@ -80,7 +82,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("metrics", "nn", "ops"):
+    if name in ("metrics", "nn", "ops", "schedulers"):
         return importlib.import_module(f"fastgen.{name}")
     if name in _WHERE:
         return getattr(importlib.import_module(f"fastgen.{_WHERE[name]}"), name)

@@ -126,14 +126,19 @@ class DDIM:
         if not isinstance(self.eta, Real) or not 0 <= self.eta <= 1:
             raise UsageError(f"eta: must be a number between 0 and 1, not {self.eta!r}")
         timesteps, abar, after = _layout(config, steps, self.spacing)
-        sigma = self.eta * ((1 - after) / (1 - abar) * (1 - abar / after)).sqrt()
-        zero = torch.zeros_like(abar)
-        eps = (1 - after - sigma.square()).clamp(min=0).sqrt()
-        update = [zero, after.sqrt(), eps]
-        if self.use_clipped_model_output:
-            x_t = eps / (1 - abar).sqrt()
-            update = [x_t, after.sqrt() - x_t * abar.sqrt(), zero]
-        return _plan(timesteps, abar, config, [*update, zero, sigma])
+        update = ddim_update(abar, after, self.eta, self.use_clipped_model_output)
+        return _plan(timesteps, abar, config, update)
+
+
+def ddim_update(abar: Tensor, after: Tensor, eta: float, use_clipped_model_output: bool) -> list[Tensor]:
+    """q0 … q4 of `DDIM` from abar to abar', all fp64 [S]."""
+    sigma = eta * ((1 - after) / (1 - abar) * (1 - abar / after)).sqrt()
+    zero = torch.zeros_like(abar)
+    eps = (1 - after - sigma.square()).clamp(min=0).sqrt()
+    if not use_clipped_model_output:
+        return [zero, after.sqrt(), eps, zero, sigma]
+    x_t = eps / (1 - abar).sqrt()
+    return [x_t, after.sqrt() - x_t * abar.sqrt(), zero, zero, sigma]
 
 
 @dataclass(frozen=True)
@@ -148,15 +153,19 @@ class DDPM:
 
     def plan(self, config: DiffusionConfig, steps: int) -> SamplingPlan:
         timesteps, abar, after = _layout(config, steps, self.spacing)
-        alpha = abar / after
-        keep = alpha.sqrt() * (1 - after) / (1 - abar)
-        towards = after.sqrt() * (1 - alpha) / (1 - abar)
-        sigma = ((1 - alpha) * (1 - after) / (1 - abar)).sqrt()
-        zero = torch.zeros_like(abar)
-        return _plan(timesteps, abar, config, [keep, towards, zero, zero, sigma])
+        return _plan(timesteps, abar, config, ddpm_update(abar, after, abar / after))
 
 
-def _euler(a: Tensor, a2: Tensor, sigma: Tensor, sigma2: Tensor) -> tuple[Tensor, Tensor]:
+def ddpm_update(abar: Tensor, after: Tensor, alpha: Tensor) -> list[Tensor]:
+    """q0 … q4 of `DDPM` from abar to abar' with alpha = abar / abar', all fp64 [S]."""
+    keep = alpha.sqrt() * (1 - after) / (1 - abar)
+    towards = after.sqrt() * (1 - alpha) / (1 - abar)
+    sigma = ((1 - alpha) * (1 - after) / (1 - abar)).sqrt()
+    zero = torch.zeros_like(abar)
+    return [keep, towards, zero, zero, sigma]
+
+
+def euler_step(a: Tensor, a2: Tensor, sigma: Tensor, sigma2: Tensor) -> tuple[Tensor, Tensor]:
     """q0 and q1 of a step straight from sigma to sigma2, both [S]; a and a2 scale the states before and after:
     x2 / a2 = x / a + (sigma2 - sigma) (x / a - x0) / sigma."""
     share = sigma2 / sigma
@@ -180,7 +189,7 @@ class Euler:
     def plan(self, config: DiffusionConfig, steps: int) -> SamplingPlan:
         t, sigma = sigma_sequence(config, steps, self.spacing)
         a, after = _scale(sigma), _next(sigma, 0.0)
-        keep, towards = _euler(a, _scale(after), sigma, after)
+        keep, towards = euler_step(a, _scale(after), sigma, after)
         zero = torch.zeros_like(a)
         return _plan(t, a.square(), config, [keep, towards, zero, zero, zero])
 
@@ -201,7 +210,7 @@ class EulerAncestral:
         t, sigma = sigma_sequence(config, steps, self.spacing)
         a, after = _scale(sigma), _next(sigma, 0.0)
         a2, down = _scale(after), after.square() / sigma
-        keep, towards = _euler(a, a2, sigma, down)
+        keep, towards = euler_step(a, a2, sigma, down)
         up = after * (1 - (after / sigma).square()).sqrt()
         zero = torch.zeros_like(a)
         return _plan(t, a.square(), config, [keep, towards, zero, zero, a2 * up])
@@ -227,7 +236,7 @@ class Heun:
         t, sigma = sigma_sequence(config, steps, self.spacing)
         after = _next(sigma, 0.0)
         a, a2 = _scale(sigma), _scale(after)
-        keep, towards = _euler(a, a2, sigma, after)
+        keep, towards = euler_step(a, a2, sigma, after)
         zero, one = torch.zeros_like(a), torch.ones_like(a)
         half = a2 * (after - sigma) / (2 * after)  # infinite after the last step, whose correction is left out
         predict = torch.stack([t, a, keep, towards, zero], dim=1)
@@ -256,16 +265,10 @@ class DPMSolverMultistep:
     def plan(self, config: DiffusionConfig, steps: int) -> SamplingPlan:
         t, sigma = self._sequence(config, steps)
         after = _next(sigma, 0.0)
-        a, a2, e = _scale(sigma), _scale(after), after / sigma  # e = exp(-h)
         h = sigma[:-1].log() - sigma[1:].log()
-        zero = torch.zeros_like(a)
-        ahead = zero.clone()
+        ahead = torch.zeros_like(sigma)
         ahead[1:-1] = h[1:] / (2 * h[:-1])
-        keep, full = a2 / a * e, a2 * (1 - e)
-        noise = zero
-        if self.sde:
-            keep, full, noise = keep * e, a2 * (1 - e.square()), a2 * after * (1 - e.square()).sqrt()
-        return _plan(t, a.square(), config, [keep, full * (1 + ahead), zero, -full * ahead, noise])
+        return _plan(t, _scale(sigma).square(), config, dpm_solver_update(sigma, after, ahead, self.sde))
 
     def _sequence(self, config: DiffusionConfig, steps: int) -> tuple[Tensor, Tensor]:
         if self.spacing == "karras":
@@ -276,6 +279,16 @@ class DPMSolverMultistep:
             raise UsageError(f"spacing: must be leading, trailing, linspace or karras, not {self.spacing!r}")
         t = solver_sequence(config.timesteps, steps, self.spacing)
         return t.double(), sigma_table(config)[t]
+
+
+def dpm_solver_update(sigma: Tensor, after: Tensor, ahead: Tensor, sde: bool) -> list[Tensor]:
+    """q0 … q4 of `DPMSolverMultistep` from sigma to sigma', with D = x0 + ahead (x0 - x0_before), all fp64 [S]."""
+    a, a2, e = _scale(sigma), _scale(after), after / sigma  # e = exp(-h)
+    keep, full = a2 / a * e, a2 * (1 - e)
+    noise = zero = torch.zeros_like(a)
+    if sde:
+        keep, full, noise = keep * e, a2 * (1 - e.square()), a2 * after * (1 - e.square()).sqrt()
+    return [keep, full * (1 + ahead), zero, -full * ahead, noise]
 
 
 SAMPLERS: dict[str, Sampler] = {

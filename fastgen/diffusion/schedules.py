@@ -53,8 +53,8 @@ class DiffusionConfig:
             )
 
 
-def betas(config: DiffusionConfig) -> Tensor:
-    """The variances of the forward process, fp64 [T], each in (0, 1), the last 1 for zero terminal SNR.
+def betas(config: DiffusionConfig, dtype: torch.dtype = torch.float64) -> Tensor:
+    """The variances of the forward process, [T], each in (0, 1), the last 1 for zero terminal SNR.
 
     - linear: beta_start … beta_end (Ho et al. 2020, section 4).
     - scaled_linear: linear in sqrt(beta), then squared (latent diffusion, Rombach et al. 2022).
@@ -62,22 +62,25 @@ def betas(config: DiffusionConfig) -> Tensor:
       (Nichol & Dhariwal 2021, eq. 17).
     - zero_terminal_snr: then sqrt(abar) is shifted to 0 at the end and scaled to what it was at the
       start (Lin et al. 2024, algorithm 1).
+
+    In fp32 they are rounded where diffusers rounds, for `fastgen.schedulers`; all else wants fp64.
     """
-    return _zero_terminal_snr(_betas(config)) if config.zero_terminal_snr else _betas(config)
+    return zero_terminal_snr(_betas(config, dtype)) if config.zero_terminal_snr else _betas(config, dtype)
 
 
-def _betas(config: DiffusionConfig) -> Tensor:
+def _betas(config: DiffusionConfig, dtype: torch.dtype) -> Tensor:
     T = config.timesteps
     if config.schedule == "linear":
-        return torch.linspace(config.beta_start, config.beta_end, T, dtype=torch.float64)
+        return torch.linspace(config.beta_start, config.beta_end, T, dtype=dtype)
     if config.schedule == "scaled_linear":
-        return torch.linspace(config.beta_start**0.5, config.beta_end**0.5, T, dtype=torch.float64).square()
+        return torch.linspace(config.beta_start**0.5, config.beta_end**0.5, T, dtype=dtype).square()
     u = torch.arange(T + 1, dtype=torch.float64) / T
     f = torch.cos((u + 0.008) / 1.008 * math.pi / 2).square()
-    return (1 - f[1:] / f[:-1]).clamp(max=0.999)
+    return (1 - f[1:] / f[:-1]).clamp(max=0.999).to(dtype)
 
 
-def _zero_terminal_snr(betas: Tensor) -> Tensor:
+def zero_terminal_snr(betas: Tensor) -> Tensor:
+    """The betas [T] rescaled so that abar ends at 0 (Lin et al. 2024, algorithm 1)."""
     root = (1 - betas).cumprod(0).sqrt()
     abar = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))).square()
     return 1 - torch.cat([abar[:1], abar[1:] / abar[:-1]])

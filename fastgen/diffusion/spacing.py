@@ -81,10 +81,15 @@ def karras_sigmas(config: DiffusionConfig, steps: int) -> tuple[Tensor, Tensor]:
     """
     check_steps(steps, config.timesteps)
     sigmas = sigma_table(config)
-    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
-    low, high = sigmas[0] ** (1 / RHO), sigmas[-1] ** (1 / RHO)
-    chosen = (high + ramp * (low - high)) ** RHO
+    chosen = karras_ramp(sigmas[-1].item(), sigmas[0].item(), steps)
     return interpolate(chosen.log(), sigmas.log(), torch.arange(len(sigmas), dtype=torch.float64)), chosen
+
+
+def karras_ramp(largest: float, least: float, steps: int) -> Tensor:
+    """The sigma of `karras_sigmas` between any two, fp64 [S]."""
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
+    high, low = largest ** (1 / RHO), least ** (1 / RHO)
+    return (high + ramp * (low - high)) ** RHO
 
 
 def sigma_sequence(config: DiffusionConfig, steps: int, spacing: SigmaSpacing) -> tuple[Tensor, Tensor]:
