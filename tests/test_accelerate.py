@@ -23,9 +23,8 @@ C = 16
 def fresh():
     torch._dynamo.reset()
     torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # nothing is said that a test does not ask for
-        warnings.filterwarnings("ignore", message=".*requires_grad=True to a scalar.*")
+    with warnings.catch_warnings():  # nothing is said that a test does not ask for
+        warnings.filterwarnings("error", message=".*fastgen.*", category=UserWarning)
         yield
 
 
@@ -162,8 +161,7 @@ def test_upsampling_and_two_sources():
             return self.up(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
     found = same(Up(), image(), image())
-    assert found == [("shortcut", "conv2d"), ("conv", "norm_act_conv2d"), ("up", "conv2d")] or len(found) == 3
-    assert "cat" not in Up.__name__
+    assert sorted(found) == [("conv", "norm_act_conv2d"), ("shortcut", "conv2d"), ("up", "conv2d")]
 
 
 @pytest.mark.parametrize("how", ["sdpa", "matmul", "bmm", "baddbmm", "einsum", "einsum channels"])
@@ -213,7 +211,7 @@ def test_a_value_that_others_see_is_kept():
         h = block.norm1(x)
         return block.conv1(F.silu(h)), h
 
-    assert same(Function(forward), image()) == [("block.conv1", "conv2d"), ("block.norm1", "group_norm_act")]
+    assert same(Function(forward), image()) == [("block.norm1", "group_norm_act"), ("block.conv1", "conv2d")]
 
 
 def test_a_value_that_is_changed_later_in_place():
@@ -241,10 +239,10 @@ def test_an_input_that_is_written_to_in_between():
         x = x + 0
         h = block.norm1(x)
         x.mul_(2)
-        return block.conv1(F.silu(h)) + x
+        return block.conv1(F.silu(h)) + x, block.conv2(F.silu(block.norm2(x)))
 
     found = same(Function(forward), image())
-    assert ("block.conv1", "norm_act_conv2d") not in found
+    assert ("block.conv1", "norm_act_conv2d") not in found and ("block.conv2", "norm_act_conv2d") in found
 
 
 def test_a_residual_that_is_written_to_afterwards():
@@ -252,7 +250,7 @@ def test_a_residual_that_is_written_to_afterwards():
         r = x * 2
         y = block.conv1(x) + r
         r.zero_()
-        return y
+        return y, block.conv2(F.silu(block.norm2(y)))
 
     same(Function(forward), image())
 
@@ -301,7 +299,8 @@ def test_full_backward_hooks():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fastgen.accelerate(model)
-        close(run(model, image()), run(plain, image()))
+        x = image()
+        close(run(model, x), run(plain, x))
     assert len(seen) == 2 and seen[0] == pytest.approx(seen[1], rel=1e-4)
 
 
@@ -326,10 +325,11 @@ def test_autocast():
     model = Block()
     plain = copy.deepcopy(model)
     fastgen.accelerate(model)
+    x = image()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        ours, theirs = run(model, image()), run(plain, image())
+        ours, theirs = run(model, x), run(plain, x)
     close(ours, theirs, 3e-2)
-    close(run(model, image()), run(plain, image()))
+    close(run(model, x), run(plain, x))
 
 
 def test_second_derivatives():
@@ -337,9 +337,8 @@ def test_second_derivatives():
     plain = copy.deepcopy(model)
     fastgen.accelerate(model)
     penalties = []
+    x = image().requires_grad_()
     for m in (model, plain):
-        x = image() if not penalties else x.detach()
-        x.requires_grad_()
         (g,) = torch.autograd.grad(m(x).square().sum(), x, create_graph=True)
         penalties.append(torch.autograd.grad(g.square().sum(), list(m.parameters()), allow_unused=True))
     close(*[[g for g in p if g is not None] for p in penalties], 1e-4)
@@ -384,7 +383,6 @@ def test_train_and_eval_are_told_apart():
     for training in (True, False, True, False):
         model.train(training), plain.train(training)
         with torch.no_grad():
-            close([model(image())], [plain(image())]) if False else None
             x = image()
             close([model(x)], [plain(x)])
 
@@ -410,7 +408,6 @@ def test_another_dtype_afterwards():
     model(image())
     model.double()
     plain = fastgen.restore(copy.deepcopy(model))
-    close(run(model, image().double()), run(plain, image().double())) if False else None
     x = image().double()
     close([model(x)], [plain(x)], 1e-12)
 
@@ -523,7 +520,8 @@ def test_inductor_around_our_operations(monkeypatch):
     model = Block()
     plain = copy.deepcopy(model)
     fastgen.accelerate(model, rest="inductor")
-    close(run(model, image()), run(plain, image()))
+    x = image()
+    close(run(model, x), run(plain, x))
     assert places(model)
 
 
@@ -562,8 +560,8 @@ def test_eight_sizes_cost_at_most_four_captures(mode):
     assert captured.captures <= 4
 
 
-def test_too_many_captures_are_said_and_stay_fused(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 3)
+@torch._dynamo.config.patch(recompile_limit=3)
+def test_too_many_captures_are_said_and_stay_fused():
     model = Function(lambda block, x, word: block(x) * len(word)).eval()
     fastgen.accelerate(model)
     x = image()
@@ -623,7 +621,7 @@ def test_a_users_own_error_is_the_users():
     model = fastgen.accelerate(Block())
     with pytest.raises(RuntimeError, match="number of channels in input"):
         model(torch.randn(2, C + 4, 8, 8))
-    close([model(image())], [model.forward(image())]) if False else model(image())
+    model(image())
     assert places(model)
 
 

@@ -7,7 +7,6 @@ in the layout in which they were, and what leaves the graph lies as it did. The 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -224,23 +223,30 @@ class _Sharing:
     """Which nodes of a graph share memory, where that can be seen: where it is written to, or leaves the graph."""
 
     def __init__(self, owner: GraphModule) -> None:
-        self.graph = owner.graph
-        written = {w for _, w in Facts(owner).writes}
-        ends = [n for n in owner.graph.nodes if n.op == "placeholder"]
-        ends += next(n for n in owner.graph.nodes if n.op == "output").all_input_nodes
-        counted = Counter(storage(n) for n in dict.fromkeys(ends))
-        self.seen = written | {memory for memory, times in counted.items() if times > 1}
-        self.ends = set(ends)
-        self.written = written
+        self.owner = owner
+        self.ends = [storage(n) for n in _ends(owner.graph)]
 
     def check(self) -> None:
         """Raises RuntimeError where nodes that shared such memory do not, in the rewritten graph."""
         now: dict[int, int] = {}
-        for node in self.graph.nodes:
-            memory, new = storage(node), node.meta.get("new_value")
-            if memory is None or memory not in self.seen or not isinstance(new, Tensor):
-                continue
-            if memory not in self.written and node not in self.ends:
-                continue
-            if now.setdefault(memory, new.untyped_storage()._cdata) != new.untyped_storage()._cdata:
-                raise RuntimeError(f"{node.name} would no longer share its memory")
+        for memory, node in zip(self.ends, _ends(self.owner.graph), strict=True):
+            _expect(now, memory, node)
+        written, now = {w for _, w in Facts(self.owner).writes}, {}
+        for node in self.owner.graph.nodes:
+            leaves = node.target is calls.same_layout and all(u.op == "output" for u in node.users)
+            if storage(node) in written and not leaves:  # what leaves is copied after all writing
+                _expect(now, storage(node), node)
+
+
+def _ends(graph: Graph) -> list[Node]:
+    nodes = [n for n in graph.nodes if n.op == "placeholder"]
+    return nodes + next(n for n in graph.nodes if n.op == "output").all_input_nodes
+
+
+def _expect(now: dict[int, int], memory: int | None, node: Node) -> None:
+    """``node`` lies where the first of its ``memory`` does."""
+    new = node.meta.get("new_value")
+    if memory is None or not isinstance(new, Tensor):
+        return
+    if now.setdefault(memory, new.untyped_storage()._cdata) != new.untyped_storage()._cdata:
+        raise RuntimeError(f"{node.name} would no longer share its memory")
