@@ -313,7 +313,7 @@ def test_files_are_short(file: Path) -> None:
 def texts() -> Iterator[tuple[str, str]]:
     """Every text file of the project, by name; not this one, which holds the words it looks for."""
     kinds = {".py", ".h", ".cpp", ".cu", ".md", ".toml", ".txt", ".in", ".cfg", ".yml", ".yaml"}
-    folders = ("fastgen", "kernels", "csrc", "tests", "benchmarks", "docs", ".ci")
+    folders = ("fastgen", "kernels", "csrc", "tests", "benchmarks", "docs", "examples", ".ci")
     files = [f for folder in folders for f in (ROOT / folder).rglob("*") if f.is_file()]
     for f in [*files, *(f for f in ROOT.iterdir() if f.is_file())]:
         if (f.suffix in kinds or f.name in ("Makefile", "run")) and f != Path(__file__) and "results" not in f.parts:
@@ -363,7 +363,7 @@ def test_no_address_of_a_package_index() -> None:
 
 
 def test_links_in_the_documents_lead_somewhere() -> None:
-    for file in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
+    for file in [*ROOT.glob("*.md"), *(f for d in ("docs", "examples") for f in (ROOT / d).rglob("*.md"))]:
         for target in re.findall(r"\]\(([^)#\s]+)", file.read_text()):
             if not re.match(r"[a-z]+:", target):
                 assert (file.parent / target).exists(), f"{name(file)} links to {target}"
