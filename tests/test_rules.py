@@ -46,7 +46,8 @@ LAYERS: list[set[str]] = [
     {"arguments", "finite", "graphs"},
     {"images"},
     {"checkpoint", "recipe"},
-    {"models"},
+    {"diffusers_format", "hub"},
+    {"models", "model_files"},
     {"diffusion"},
     {"nn"},
     {"ops"},
@@ -338,7 +339,10 @@ def test_no_randomness_of_its_own() -> None:
         r"torch\.(randn?|randint|randperm|rand_like|randn_like|manual_seed|Generator)\b|\bimport random\b|np\.random"
     )
     found = {name(f) for f in SOURCES if drawing.search(f.read_text())}
-    assert {f for f in found if not f.startswith("fastgen/training/")} <= {"fastgen/testing.py"}
+    assert {f for f in found if not f.startswith("fastgen/training/")} <= {
+        "fastgen/testing.py",
+        "fastgen/nn/gaussian.py",  # takes a caller's generator
+    }
 
 
 def test_no_address_of_a_package_index() -> None:

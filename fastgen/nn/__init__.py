@@ -1,0 +1,5 @@
+"""Parts of generators that are no networks by themselves."""
+
+from fastgen.nn.gaussian import DiagonalGaussian
+
+__all__ = ["DiagonalGaussian"]
