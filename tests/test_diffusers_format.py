@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import pickle
@@ -21,9 +22,10 @@ from torch import Tensor, nn
 import fastgen
 from fastgen import model_files
 from fastgen.checkpoint import fingerprint
-from fastgen.diffusers_format import UNET
+from fastgen.diffusers_format import AUTOENCODER, UNET
 from fastgen.diffusion.samplers import SamplingDefaults
 from fastgen.diffusion.schedules import DiffusionConfig
+from fastgen.models.autoencoder_kl import AutoencoderKLConfig
 from fastgen.models.classifier import PRESETS as CLASSIFIERS
 from fastgen.models.classifier import Classifier
 from fastgen.models.unet import PRESETS, UNet
@@ -66,7 +68,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "attention-up-only": {**NO_ATTENTION, "up_block_types": ("UpBlock2D", "AttnUpBlock2D")},
     "old-names-of-blocks": {"down_block_types": ("UNetResDownBlock2D", "UNetResAttnDownBlock2D")},
     "embedding": {"flip_sin_to_cos": False, "freq_shift": 1, "downsample_padding": 0},
-    "centred": {"center_input_sample": True, "act_fn": "swish"},
+    "centred": {"center_input_sample": True, "act_fn": "Swish"},
     "classes": {"num_class_embeds": 5},
     "channels": {"in_channels": 4, "out_channels": 2, "dropout": 0.3},
     "three-levels": {
@@ -195,11 +197,21 @@ def test_settings_left_out_are_those_of_diffusers(small: Path) -> None:
     given = {k: v for k, v in config.items() if k in SMALL or k == "_class_name"}
     file.write_text(json.dumps(given))
     assert_equal(fastgen.load(small), unet())
-    assert {k: _plain(v) for k, v in UNET.items()} == {
-        k: _plain(v) for k, v in diffusers.UNet2DModel(**SMALL).config.items() if k in UNET and k not in SMALL
-    } | {k: _plain(UNET[k]) for k in SMALL}
     file.write_text(json.dumps({k: v for k, v in given.items() if k != "block_out_channels"}))
     refused(small, "block_out_channels=[224, 448, 672, 896]")
+
+
+def defaults(kind: type) -> dict[str, Any]:
+    return {name: p.default for name, p in inspect.signature(kind.__init__).parameters.items()}
+
+
+def test_defaults_are_those_of_diffusers() -> None:
+    for settings, kind in ((UNET, diffusers.UNet2DModel), (AUTOENCODER, diffusers.AutoencoderKL)):
+        theirs = defaults(kind)
+        assert settings == {name: theirs[name] for name in settings}
+    theirs, config = defaults(diffusers.AutoencoderKL), AutoencoderKLConfig()
+    shared = [name for name in AUTOENCODER if hasattr(config, name)]
+    assert len(shared) == 8 and all(getattr(config, name) == theirs[name] for name in shared)
 
 
 def test_settings_of_an_average_are_passed_over(small: Path) -> None:
