@@ -64,9 +64,8 @@ PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 
 
 def unet_of(pipeline: Path) -> Path:
-    """The folder of the U-Net in a directory, which is the directory itself where that is no pipeline.
-
-    Raises UsageError for a pipeline with other parts than a U-Net and a scheduler.
+    """Where a pipeline has its U-Net, unless it is an old one that has all in one folder; a directory that is no
+    pipeline, itself. Raises UsageError for a pipeline with other parts than a U-Net and a scheduler.
     """
     if not (pipeline / "model_index.json").is_file():
         return pipeline
@@ -81,7 +80,7 @@ def unet_of(pipeline: Path) -> Path:
             if folders
             else "",
         )
-    return pipeline / "unet" if (pipeline / "unet").is_dir() else pipeline
+    return pipeline / "unet"
 
 
 def check(directory: Path, config: dict[str, Any]) -> Callable[[], nn.Module]:
