@@ -109,6 +109,11 @@ def check_module(model: nn.Module) -> None:
             f"model: a generator from fastgen.load or fastgen.models is needed; "
             f"this {type(model).__name__} has no {', '.join(missing)}"
         )
+    config = model.config
+    if getattr(config, "out_channels", config.in_channels) != config.in_channels:
+        raise UsageError(
+            f"model: gives {config.out_channels} channels for {config.in_channels}; an image is drawn from as many"
+        )
 
 
 def check_guidance(
@@ -124,6 +129,8 @@ def check_guidance(
     scale = network.sampling.guidance if scale is None else scale
     if not _is_number(scale) or not 0 <= scale < float("inf"):
         raise UsageError(f"guidance: must be a number of at least 0 (1 is none), not {scale!r}")
+    if scale != 1 and not getattr(network.config, "null_class", True):
+        raise UsageError("guidance: this model has no null class to guide away from; give 1, or leave it out")
     interval = (0.0, 1.0) if interval is None else interval
     if (
         not isinstance(interval, Sequence)

@@ -1,40 +1,44 @@
 """Checkpoints: a directory of `model.safetensors`, `config.json` and a SHA-256 `manifest.json`.
 
 A directory is written beside its final place, synced, and renamed (fastgen.atomic): it is there whole or not at
-all. Loading verifies every file against the manifest. Nothing is ever a pickle. Directories
-written by diffusers (`UNet2DModel`, `DDPMPipeline`) load too.
+all. Loading verifies every file against the manifest. Nothing is ever a pickle. Directories of diffusers are read
+and written too (fastgen.diffusers_format).
 """
 
 from __future__ import annotations
 
 import difflib
-import errno
 import hashlib
 import json
-import os
-import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fastgen.atomic import OURS, aside, atomic_directory, umask
+from fastgen import diffusers_format, hub
+from fastgen.atomic import OURS, aside, atomic_directory
 from fastgen.diffusion.samplers import SamplingDefaults
 from fastgen.diffusion.schedules import DiffusionConfig
 from fastgen.errors import UsageError
-from fastgen.models import FAMILIES
+from fastgen.model_files import (
+    NO_PICKLES,
+    PICKLES,
+    load_weights,
+    made,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
+from fastgen.models import FAMILIES, Family
 from fastgen.version import __version__
 
 FORMAT = 1
 WEIGHTS = Path(__file__).parent / "weights"
 STEP_PREFIX = "step-"
 TRAINING_STATE = "training.safetensors"  # of a run's checkpoint: what it goes on from
-PICKLES = {".bin", ".ckpt", ".pkl", ".pt", ".pth"}
-NO_PICKLES = "which is never read, since a pickle can run code; save it again as safetensors"
 
 
 def shipped_models() -> list[str]:
@@ -102,27 +106,38 @@ def write_checkpoint(
     }
     files = {"model.safetensors": weights if weights is not None else model.state_dict(), **(extra_files or {})}
     for name, tensors in files.items():
-        try:
-            save_file({k: v.detach().contiguous() for k, v in tensors.items()}, directory / name)
-        except SafetensorError as error:
-            code = re.search(r"os error (\d+)", str(error))
-            number = int(code[1]) if code else errno.EIO
-            raise OSError(number, os.strerror(number) if code else str(error), str(directory / name)) from None
-        (directory / name).chmod(0o666 & ~umask())
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    manifest = {name: sha256(directory / name) for name in sorted([*files, "config.json"])}
-    (directory / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        write_tensors(directory / name, tensors)
+    write_json(directory / "config.json", config)
+    write_json(
+        directory / "manifest.json", {name: sha256(directory / name) for name in sorted([*files, "config.json"])}
+    )
 
 
-def save(model: nn.Module, path: str | Path, *, preset: str = "custom") -> None:
+def save(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    preset: str = "custom",
+    format: Literal["fastgen", "diffusers"] = "fastgen",
+) -> None:
     """Saves a model of fastgen.models so that `load` reads it back: weights, configuration, manifest; atomically.
-    Raises UsageError for a module of another class.
+
+    ``format`` "diffusers" writes what diffusers' from_pretrained loads instead, with equal outputs: a pipeline with its
+    scheduler for a U-Net (DDIMPipeline if that is how the model samples, else DDPMPipeline), a model's folder for an
+    autoencoder. ``preset`` is a word of fastgen's own format. Raises UsageError for a module of another class, and for
+    a setting that diffusers has not.
     """
     family = next((name for name, known in FAMILIES.items() if type(model) is known.network), None)
     if family is None:
         raise UsageError(f"model: {type(model).__name__} is no network of fastgen.models ({', '.join(FAMILIES)})")
+    if format not in ("fastgen", "diffusers"):
+        raise UsageError(f"format: must be 'fastgen' or 'diffusers', not {format!r}")
+    files = diffusers_format.files_of(model) if format == "diffusers" else {}
     with atomic_directory(Path(path)) as directory:
-        write_checkpoint(directory, model, family=family, preset=preset)
+        if format == "diffusers":
+            diffusers_format.write(directory, files)
+        else:
+            write_checkpoint(directory, model, family=family, preset=preset)
 
 
 def load(
@@ -132,46 +147,43 @@ def load(
     dtype: torch.dtype | None = None,
     ema: float | None = None,
 ) -> nn.Module:
-    """A model in eval mode, from a shipped name, a checkpoint, a training run or a diffusers directory.
+    """A model in eval mode, from a shipped name, a checkpoint, a training run, a diffusers directory or the hub.
 
+    Of diffusers: `UNet2DModel`, alone or in a pipeline with a scheduler, and `AutoencoderKL`, with safetensors weights.
+    "owner/name" or "owner/name@revision", where that is no directory, comes from the Hugging Face hub.
     A generator has ``forward(x, t, class_labels=None)`` and carries ``config``, ``diffusion``
-    (how it was trained) and ``sampling`` (its defaults); the classifier, ``config`` alone.
+    (how it was trained) and ``sampling`` (its defaults); the classifier and the autoencoder, ``config`` alone.
     ``ema``: which of a training run's averages of the weights, by its decay; None is the first.
     Raises UsageError, a ValueError, that says what is wrong: unknown name (with
-    the nearest ones), files missing, altered or foreign.
+    the nearest ones), files missing, altered or foreign, a setting that fastgen's network has not.
     """
     directory = resolve(path_or_name)
     config = read_json(directory / "config.json")
     if "_class_name" in config:
         if ema is not None:
             raise UsageError("ema: averages are chosen from training runs, and this is a diffusers directory")
-        model = _load_diffusers(directory, config)
+        model = diffusers_format.load(directory, config)
     else:
         model = _load_fastgen(directory, config, ema)
     model.source = directory.name if directory.parent == WEIGHTS else str(directory)
+    if _on_hub(path_or_name):
+        model.source = str(path_or_name)
     return model.to(device=device, dtype=dtype, memory_format=torch.channels_last).eval()
 
 
 def resolve(path_or_name: str | Path) -> Path:
-    """The directory that a name or path stands for; a training run means its newest checkpoint.
+    """The directory that a name or path stands for; a training run means its newest checkpoint, a pipeline its U-Net.
 
-    A directory that a killed process had moved aside to replace it is found there.
+    A directory that a killed process had moved aside to replace it is found there. What the hub has is downloaded.
     """
     name = str(path_or_name)
     if name in shipped_models():
         return WEIGHTS / name
-    path = Path(name).expanduser()
-    if path.name and not path.exists() and (aside(path) / "manifest.json").is_file():
-        path = aside(path)
+    if _on_hub(path_or_name):
+        return _from_hub(name)
+    path = _standing(name)
     if path.is_dir():
-        if steps := checkpoints_of(path):
-            return steps[-1]
-        for candidate in (path, path / "unet"):
-            if (candidate / "config.json").is_file():
-                return candidate
-        if any(file.suffix in PICKLES for file in path.iterdir()):
-            raise UsageError(f"model: {name} holds pickled weights only, {NO_PICKLES}")
-        raise UsageError(f"model: {name} holds no checkpoint (no config.json and no {STEP_PREFIX}* folder in it)")
+        return _inside(path, name)
     if path.suffix in PICKLES and path.exists():
         raise UsageError(f"model: {name} is a pickle, {NO_PICKLES}")
     if path.exists():
@@ -183,33 +195,51 @@ def resolve(path_or_name: str | Path) -> Path:
     raise UsageError(f"model: no model or folder named {name!r}; {hint} (`fastgen models` lists them)")
 
 
+def _standing(name: str) -> Path:
+    """The path of a name, or where it is while a writer that was killed had moved it aside."""
+    path = Path(name).expanduser()
+    moved = path.name and not path.exists() and (aside(path) / "manifest.json").is_file()
+    return aside(path) if moved else path
+
+
+def _inside(path: Path, name: str) -> Path:
+    """The directory of config.json in the directory ``path``; UsageError, with the ``name`` of that, without one."""
+    if steps := checkpoints_of(path):
+        return steps[-1]
+    for candidate in (diffusers_format.unet_of(path), path, path / "unet"):
+        if (candidate / "config.json").is_file():
+            return candidate
+    if any(file.suffix in PICKLES for file in path.iterdir()):
+        raise UsageError(f"model: {name} holds pickled weights only, {NO_PICKLES}")
+    raise UsageError(f"model: {name} holds no checkpoint (no config.json and no {STEP_PREFIX}* folder in it)")
+
+
+def _on_hub(path_or_name: str | Path) -> bool:
+    """Whether a name is looked for on the hub: it has the form, and nothing of that name is here."""
+    return isinstance(path_or_name, str) and hub.is_id(path_or_name) and not _standing(path_or_name).exists()
+
+
+def _from_hub(name: str) -> Path:
+    """The directory of config.json of a model on the hub. Its settings come first: gigabytes that could not be read
+    are never downloaded."""
+    folder = hub.fetch(name, ["*.json"])
+    directory = _inside(folder, name)
+    config = read_json(directory / "config.json")
+    if "_class_name" in config:
+        diffusers_format.check(directory, config)
+    else:
+        _family(directory, config)
+    inside = "" if directory == folder else f"{directory.name}/"
+    hub.fetch(name, ["*.json", f"{inside}*.safetensors"])
+    return directory
+
+
 def checkpoints_of(run: Path) -> list[Path]:
     """The whole checkpoints of a training run, oldest first; one that a killed process had moved aside, there."""
     found = {p.name: p for p in run.glob(f"{STEP_PREFIX}*")}
     for moved in run.glob(aside(run / f"{STEP_PREFIX}*").name):
         found.setdefault(OURS.fullmatch(moved.name)[2], moved)
     return [found[name] for name in sorted(found) if (found[name] / "manifest.json").is_file()]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UsageError(f"model: {path} is missing") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UsageError(f"model: {path} cannot be read as JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise UsageError(f"model: {path} does not hold a JSON object")
-    return content
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise UsageError(f"model: {path} is missing") from None
-    except (SafetensorError, OSError) as error:
-        raise UsageError(f"model: {path} is not a whole safetensors file ({error})") from None
 
 
 def verify(directory: Path) -> None:
@@ -248,7 +278,8 @@ def _damage(file: Path) -> str:
     return changed if size == expected else f"is too long: {size} bytes instead of {expected}"
 
 
-def _load_fastgen(directory: Path, config: dict[str, Any], ema: float | None) -> nn.Module:
+def _family(directory: Path, config: dict[str, Any]) -> Family:
+    """The family of the checkpoint in ``directory``; UsageError where this is none, or none for this version."""
     if "settings" in config:
         raise UsageError(f"model: the training run in {directory} has no checkpoint yet")
     family = FAMILIES.get(str(config.get("family")))
@@ -261,17 +292,22 @@ def _load_fastgen(directory: Path, config: dict[str, Any], ema: float | None) ->
         raise UsageError(
             f"model: {directory} has format {config.get('format')!r}; this fastgen reads up to {FORMAT}: upgrade it"
         )
+    return family
+
+
+def _load_fastgen(directory: Path, config: dict[str, Any], ema: float | None) -> nn.Module:
+    family = _family(directory, config)
     verify(directory)
     file = directory / "config.json"
-    parts = [_dataclass(family.config, config["config"], file)]
+    parts = [made(family.config, config["config"], file)]
     if family.samples:
-        parts.append(_dataclass(DiffusionConfig, config.get("diffusion", {}), file))
-        parts.append(_dataclass(SamplingDefaults, config.get("sampling", {}), file))
+        parts.append(made(DiffusionConfig, config.get("diffusion", {}), file))
+        parts.append(made(SamplingDefaults, config.get("sampling", {}), file))
     model = family.network(*parts)
     weights = {k: v.float() for k, v in read_tensors(directory / "model.safetensors").items()}
     if ema is not None:
         weights |= _average(directory, config, ema)
-    _load_weights(model, weights, directory)
+    load_weights(model, weights, directory)
     return model
 
 
@@ -284,110 +320,3 @@ def _average(directory: Path, config: dict[str, Any], decay: float) -> dict[str,
     prefix = f"ema.{decay}."
     state = read_tensors(directory / TRAINING_STATE) if decay != decays[0] else {}
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-
-
-def _dataclass(cls: type, values: dict[str, Any], file: Path) -> Any:
-    try:
-        return cls(**values)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"model: {file}: {error}") from None
-
-
-def _load_weights(model: nn.Module, weights: dict[str, Tensor], directory: Path) -> None:
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        detail = " ".join(str(error).split())[:300]
-        raise UsageError(f"model: the weights in {directory} do not fit their configuration: {detail}") from None
-
-
-DIFFUSERS_LEGACY_KEYS = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
-
-
-def _load_diffusers(directory: Path, config: dict[str, Any]) -> nn.Module:
-    """`UNet2DModel` from a diffusers directory, with the scheduler's configuration where it is beside it."""
-    if config["_class_name"] != "UNet2DModel":
-        raise UsageError(f"model: {directory} holds a diffusers {config['_class_name']}; only UNet2DModel is read")
-    file = directory / "diffusion_pytorch_model.safetensors"
-    if not file.is_file():
-        raise UsageError(
-            f"model: {file} is missing (pickled .bin weights are not read: save with safe_serialization=True)"
-        )
-    weights = read_tensors(file)
-    for old, new in DIFFUSERS_LEGACY_KEYS.items():
-        weights = {k.replace(old, new): v for k, v in weights.items()}
-    scheduler = next(
-        (
-            f
-            for f in (directory / "scheduler_config.json", directory.parent / "scheduler" / "scheduler_config.json")
-            if f.is_file()
-        ),
-        None,
-    )
-    family = FAMILIES["unet"]
-    try:
-        network = _unet_from_diffusers(config)
-    except KeyError as error:
-        raise UsageError(f"model: {directory / 'config.json'} has no {error} in it") from None
-    model = family.network(
-        _dataclass(family.config, network, directory / "config.json"),
-        _diffusion_from_diffusers(scheduler) if scheduler else DiffusionConfig(),
-    )
-    _load_weights(model, weights, directory)
-    return model
-
-
-def _unet_from_diffusers(config: dict[str, Any]) -> dict[str, Any]:
-    """diffusers' UNet2DModel configuration in our terms; UsageError for what has no equal here."""
-    down, up = config["down_block_types"], config["up_block_types"]
-    kinds = {"DownBlock2D": False, "AttnDownBlock2D": True, "UpBlock2D": False, "AttnUpBlock2D": True}
-    attention = [kinds.get(k) for k in down]
-    only = {
-        "act_fn": "silu", "time_embedding_type": "positional", "mid_block_scale_factor": 1,
-        "center_input_sample": False,
-        "downsample_type": "conv", "upsample_type": "conv", "class_embed_type": None, "attn_norm_num_groups": None,
-        "num_class_embeds": None,
-    }  # fmt: skip
-    foreign = [f"{k}={config[k]!r}" for k, v in only.items() if config.get(k, v) != v]
-    if None in attention or attention != [kinds.get(k) for k in reversed(up)]:
-        foreign.append(f"down_block_types={down!r} with up_block_types={up!r}")
-    if foreign:
-        raise UsageError(f"model: this UNet2DModel uses what fastgen's U-Net has not: {'; '.join(foreign)}")
-    return {
-        "image_size": config.get("sample_size") or 32,
-        "in_channels": config["in_channels"],
-        "out_channels": config["out_channels"],
-        "channels": tuple(config["block_out_channels"]),
-        "layers_per_block": config["layers_per_block"],
-        "attention": tuple(attention),
-        "mid_attention": config.get("add_attention", True),
-        "head_dim": config.get("attention_head_dim", 8),
-        "num_groups": config.get("norm_num_groups", 32),
-        "norm_eps": config.get("norm_eps", 1e-5),
-        "dropout": config.get("dropout", 0.0),
-        "time_scale_shift": config.get("resnet_time_scale_shift", "default") == "scale_shift",
-        "downsample_padding": config.get("downsample_padding", 1),
-        "flip_sin_to_cos": config.get("flip_sin_to_cos", True),
-        "freq_shift": config.get("freq_shift", 0),
-    }
-
-
-def _diffusion_from_diffusers(file: Path) -> DiffusionConfig:
-    config = read_json(file)
-    names = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
-    predictions = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
-    schedule, prediction = config.get("beta_schedule", "linear"), config.get("prediction_type", "epsilon")
-    if schedule not in names or prediction not in predictions:
-        raise UsageError(
-            f"model: scheduler with beta_schedule={schedule!r}, prediction_type={prediction!r} is not known here"
-        )
-    values = {
-        "schedule": names[schedule],
-        "timesteps": config.get("num_train_timesteps", 1000),
-        "beta_start": config.get("beta_start", 1e-4),
-        "beta_end": config.get("beta_end", 0.02),
-        "prediction": predictions[prediction],
-        "clip": config.get("clip_sample_range", 1.0) if config.get("clip_sample", True) else None,
-        "zero_terminal_snr": config.get("rescale_betas_zero_snr", False),
-    }
-    return _dataclass(DiffusionConfig, values, file)

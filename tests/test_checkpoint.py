@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import fastgen
-from fastgen import atomic, checkpoint
+from fastgen import atomic, checkpoint, model_files
 from fastgen.checkpoint import (
     atomic_directory,
     checkpoints_of,
@@ -138,7 +138,7 @@ def test_a_failure_keeps_the_old(model: UNet, saved: Path, monkeypatch: pytest.M
         Path(str(args[1])).write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", broken)
+    monkeypatch.setattr(model_files, "save_file", broken)
     with pytest.raises(OSError, match="No space"):
         fastgen.save(model, saved)
     assert {name: (saved / name).read_bytes() for name in FILES} == before
@@ -170,7 +170,7 @@ def test_an_interrupted_save_keeps_the_old(
     elif not exchanges(saved.parent):
         pytest.skip("no names are exchanged here")
     places = (
-        (checkpoint, "save_file"),
+        (model_files, "save_file"),
         (Path, "write_text"),
         (atomic, "_fsync"),
         (atomic, "_exchange"),
@@ -194,7 +194,7 @@ def test_a_full_disk_is_an_error_of_the_system(model: UNet, saved: Path, monkeyp
     def full(*args: object) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(model_files, "save_file", full)
     with pytest.raises(OSError, match="No space left") as caught:
         fastgen.save(model, saved)
     assert caught.value.errno == errno.ENOSPC and os.listdir(saved.parent) == [saved.name]
@@ -452,12 +452,6 @@ def test_newer_format(saved: Path) -> None:
 def test_format_that_is_no_number(saved: Path) -> None:
     edit_config(saved, format="two")
     refused(saved, "format")
-
-
-def test_incomplete_diffusers_configuration(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel", "in_channels": 3}))
-    save_file({"x": torch.zeros(1)}, tmp_path / "diffusion_pytorch_model.safetensors")
-    refused(tmp_path, "config.json")
 
 
 def test_weights_of_another_shape(saved: Path) -> None:

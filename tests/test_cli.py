@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 import fastgen
-from fastgen import checkpoint, cli, metrics, sampling
+from fastgen import checkpoint, cli, metrics, model_files, sampling
 from fastgen.arguments import STRENGTH
 from fastgen.diffusion.samplers import DDIM, DPMSolverMultistep, Euler, EulerAncestral, Heun, SamplingDefaults
 from fastgen.diffusion.samplers import SAMPLERS as SAMPLERS_BY_NAME
@@ -492,7 +492,7 @@ def test_full_disk_in_training(run: Any, here: Path, pictures: None, monkeypatch
     def full(*args: object) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(model_files, "save_file", full)
     arguments = ["train", "ddpm", "--out", "run", "--preset", "tiny", "--steps", 1, "--batch-size", 2, "-q"]
     assert_refused(run(*arguments), "error: no room left on the disk: ")
     assert sorted(os.listdir("run")) == [".lock", "config.json", "log.csv"]

@@ -1,22 +1,18 @@
-"""The networks: shapes, gradients, conditioning, and the equality with diffusers whose checkpoints they read."""
+"""The networks: shapes, gradients and conditioning. Their equality with diffusers: test_diffusers_format.py."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import fastgen
-from fastgen.checkpoint import DIFFUSERS_LEGACY_KEYS
-from fastgen.diffusion.schedules import DiffusionConfig
 from fastgen.models import FAMILIES
+from fastgen.models.autoencoder_kl import AutoencoderKL
 from fastgen.models.classifier import Classifier, ClassifierConfig
 from fastgen.models.unet import PRESETS, UNet, UNetConfig, timestep_embedding
 
@@ -27,21 +23,12 @@ MODELS = [
     ("unet", "tiny", 178_209),
     ("unet", "mnist", 1_217_732),
     ("unet", "cifar10", 35_746_307),
+    ("autoencoder_kl", "tiny", 167_959),
+    ("autoencoder_kl", "sd", 83_653_863),
     ("classifier", "digits", 295_786),
     ("classifier", "digits-tiny", 4_642),
 ]
 SMALL_MODELS = [m[:2] for m in MODELS if m[2] < 10_000_000]
-
-# google/ddpm-cifar10-32, as it is on the hub. `small` keeps everything but the widths.
-GOOGLE: dict[str, Any] = {
-    "sample_size": 32, "in_channels": 3, "out_channels": 3, "layers_per_block": 2, "center_input_sample": False,
-    "block_out_channels": (128, 256, 256, 256),
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-    "downsample_padding": 0, "flip_sin_to_cos": False, "freq_shift": 1, "norm_eps": 1e-6, "norm_num_groups": 32,
-    "attention_head_dim": None, "act_fn": "silu", "mid_block_scale_factor": 1, "time_embedding_type": "positional",
-}  # fmt: skip
-SMALL = {**GOOGLE, "block_out_channels": (32, 64, 64, 64), "sample_size": 16}
 
 
 def build(family: str, preset: str) -> nn.Module:
@@ -52,8 +39,9 @@ def build(family: str, preset: str) -> nn.Module:
 def inputs(model: nn.Module, n: int = 2) -> tuple[Tensor, ...]:
     """x [n, C, H, W] and, for a generator, t [n] and labels [n] or None, the last the null class."""
     c, generator = model.config, torch.Generator().manual_seed(1)
-    x = torch.randn(n, c.in_channels, c.image_size, c.image_size, generator=generator)
-    if isinstance(model, Classifier):
+    size = min(c.image_size, 32)  # an autoencoder takes any
+    x = torch.randn(n, c.in_channels, size, size, generator=generator)
+    if isinstance(model, Classifier | AutoencoderKL):
         return (x,)
     labels = None if c.num_classes is None else torch.arange(c.num_classes, c.num_classes - n, -1)
     return x, torch.arange(n) * 400 + 17, labels
@@ -73,7 +61,8 @@ def test_model(family: str, preset: str, parameters: int) -> None:
     assert sum(p.numel() for p in model.parameters()) == parameters
     x, *rest = inputs(model, 1 if parameters > 10_000_000 else 2)
     y = model(x, *rest)
-    shape = [model.config.out_channels, *x.shape[2:]] if FAMILIES[family].samples else [model.config.num_classes]
+    images = FAMILIES[family].samples or isinstance(model, AutoencoderKL)
+    shape = [model.config.out_channels, *x.shape[2:]] if images else [model.config.num_classes]
     assert list(y.shape) == [len(x), *shape] and y.dtype == torch.float32
     assert torch.isfinite(y).all() and y.std() > 1e-3
     y.square().mean().backward()
@@ -149,6 +138,25 @@ def test_unconditional_model_has_no_class_embedding() -> None:
         model(*inputs(model)[:2], torch.tensor([1, 2]))
 
 
+def test_without_a_null_class() -> None:
+    """The embedding has a row for each class, and a label must be given."""
+    model = UNet(replace(PRESETS["tiny"], null_class=False)).eval()
+    assert model.class_embedding.num_embeddings == 10
+    x, t, _ = inputs(model)
+    with torch.no_grad():
+        assert model(x, t, torch.tensor([9, 0])).shape == x.shape
+    with pytest.raises(ValueError, match="class_labels must be given: this model has no null class"):
+        model(x, t)
+
+
+def test_heads_divide_only_the_levels_with_attention() -> None:
+    config = replace(PRESETS["tiny"], channels=(24, 32), num_groups=8)
+    assert config.head_dim == 16 and UNet(config)(torch.zeros(1, 1, 16, 16), 3).shape == (1, 1, 16, 16)
+    for change in ({"attention": (True, False)}, {"up_attention": (True, False)}):
+        with pytest.raises(ValueError, match=r"channels \[24\] are not divisible by num_groups=8 and head_dim=16"):
+            replace(config, **change)
+
+
 def test_scale_shift_and_bias_conditioning() -> None:
     """Both kinds answer to the step; scale and shift need twice the projection's width."""
     torch.manual_seed(0)
@@ -185,6 +193,8 @@ def test_timestep_embedding() -> None:
         ({"channels": (16, 30)}, "num_groups"),
         ({"head_dim": 5}, "head_dim"),
         ({"image_size": 15}, "image_size"),
+        ({"up_attention": (True,)}, "up_attention needs one entry per level, 2, not 1"),
+        ({"mid_attention_groups": 5}, "mid_attention_groups=5 do not divide 32"),
     ],
 )
 def test_wrong_configuration(change: dict[str, Any], words: str) -> None:
@@ -261,118 +271,10 @@ def test_classifier_config_is_frozen_and_checked() -> None:
         ClassifierConfig(channels=(8, 12, 16, 20))
 
 
-# diffusers
-
-
-def saved_by_diffusers(folder: Path, **config: Any) -> nn.Module:
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(3)
-    theirs = diffusers.UNet2DModel(**config).eval()
-    with torch.no_grad():  # norms that do something
-        for name, p in theirs.named_parameters():
-            if "norm" in name:
-                p.add_(torch.randn_like(p) * 0.1)
-    theirs.save_pretrained(folder)
-    return theirs
-
-
-def assert_equal_to(ours: nn.Module, theirs: nn.Module, size: int, steps: tuple[int, ...] = (3, 981)) -> None:
-    torch.manual_seed(4)
-    x, t = torch.randn(len(steps), 3, size, size), torch.tensor(steps)
-    with torch.no_grad():
-        assert relative(ours(x, t), theirs(x, t).sample) < 1e-4
-
-
-def test_cifar10_is_that_of_google(tmp_path: Path) -> None:
-    theirs = saved_by_diffusers(tmp_path, **GOOGLE)
-    ours = fastgen.load(tmp_path)
-    assert ours.config == PRESETS["cifar10"]
-    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters()) == 35_746_307
-    assert_equal_to(ours, theirs, 32, steps=(981,))
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {},
-        {"attention_head_dim": 8},
-        {"downsample_padding": 1, "flip_sin_to_cos": True, "freq_shift": 0},
-        {"resnet_time_scale_shift": "scale_shift", "norm_eps": 1e-5, "add_attention": False},
-        {"norm_num_groups": 16},
-        {"layers_per_block": 1, "block_out_channels": (32, 64), "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-         "up_block_types": ("AttnUpBlock2D", "UpBlock2D")},
-    ],
-    ids=["google", "heads", "padding-embedding", "scale-shift", "groups", "two-levels"],
-)  # fmt: skip
-def test_reads_diffusers(change: dict[str, Any], tmp_path: Path) -> None:
-    theirs = saved_by_diffusers(tmp_path, **{**SMALL, **change})
-    assert_equal_to(fastgen.load(tmp_path), theirs, 16)
-
-
-def test_reads_legacy_keys(tmp_path: Path) -> None:
-    theirs = saved_by_diffusers(tmp_path, **SMALL)
-    file = tmp_path / "diffusion_pytorch_model.safetensors"
-    weights = load_file(file)
-    for old, new in DIFFUSERS_LEGACY_KEYS.items():
-        weights = {k.replace(new, old): v for k, v in weights.items()}
-    assert any(".query." in k for k in weights) and any(".proj_attn." in k for k in weights)
-    save_file(weights, file)
-    assert_equal_to(fastgen.load(tmp_path), theirs, 16)
-
-
-SCHEDULERS = [
-    ({}, DiffusionConfig()),
-    (
-        {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
-         "prediction_type": "v_prediction", "clip_sample": False},
-        DiffusionConfig("scaled_linear", 1000, 0.00085, 0.012, "v", None),
-    ),
-    (
-        {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 400,
-         "prediction_type": "sample", "clip_sample_range": 2.0},
-        DiffusionConfig("cosine", 400, prediction="x0", clip=2.0),
-    ),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("change", "expected"), SCHEDULERS, ids=["default", "scaled_linear", "cosine"])
-def test_reads_a_pipeline(change: dict[str, Any], expected: DiffusionConfig, tmp_path: Path) -> None:
-    theirs = saved_by_diffusers(tmp_path / "unet", **SMALL)
-    from diffusers import DDPMScheduler
-
-    DDPMScheduler(**change).save_pretrained(tmp_path / "scheduler")
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "DDPMPipeline"}))
-    ours = fastgen.load(tmp_path)
-    assert ours.diffusion == expected
-    assert_equal_to(ours, theirs, 16)
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"act_fn": "mish"}, "act_fn"),
-        ({"downsample_type": "resnet"}, "downsample_type"),
-        ({"down_block_types": ["SkipDownBlock2D"] * 4}, "SkipDownBlock2D"),
-        ({"_class_name": "UNet2DConditionModel"}, "UNet2DConditionModel"),
-    ],
-)
-def test_refuses_what_it_has_not(change: dict[str, Any], words: str, tmp_path: Path) -> None:
-    saved_by_diffusers(tmp_path, **{**SMALL, "layers_per_block": 1})
-    file = tmp_path / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
-    with pytest.raises(fastgen.UsageError, match=words):
-        fastgen.load(tmp_path)
-
-
-def test_refuses_an_unknown_scheduler(tmp_path: Path) -> None:
-    saved_by_diffusers(tmp_path, **{**SMALL, "layers_per_block": 1})
-    (tmp_path / "scheduler_config.json").write_text(json.dumps({"beta_schedule": "sigmoid"}))
-    with pytest.raises(fastgen.UsageError, match="beta_schedule='sigmoid'"):
-        fastgen.load(tmp_path)
-
-
 def test_config_is_frozen_and_normalised() -> None:
     config = UNetConfig(channels=[32, 64], attention=[False, True])  # as JSON gives them
     assert config.channels == (32, 64) and config.attention == (False, True) and hash(config)
+    again = UNetConfig(channels=[32, 64], attention=[False, True], up_attention=[False, True], mid_attention_groups=32)
+    assert again == config, "what says the same is equal"
     with pytest.raises(AttributeError):
         config.image_size = 64

@@ -40,6 +40,10 @@ class Options:
 
 def attach(model: nn.Module, options: Options) -> None:
     """Puts an `Accelerated` behind the calls of ``model`` and of those children that may be called on their own."""
+    if isinstance(model, (nn.ModuleList, nn.ModuleDict)):  # is not called itself
+        for child in model.children():
+            attach(child, options)
+        return
     _attach(model, model, options)
     for child in model.children():
         elements = child.children() if isinstance(child, (nn.ModuleList, nn.ModuleDict)) else (child,)

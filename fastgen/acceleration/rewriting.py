@@ -96,8 +96,7 @@ def _replace(owner: GraphModule, match: Match, name: str, replaced: dict[Node, N
         node = new = graph.call_function(match.target, tuple(inputs), dict(match.constants))
         if pinned:
             new = graph.call_function(calls.same_layout, (node, _order(tensor(last))))
-    for made in {node, new}:
-        made.meta = {k: v for k, v in last.meta.items() if k in ("example_value", "nn_module_stack", "stack_trace")}
+    new.meta = {k: v for k, v in last.meta.items() if k in ("example_value", "nn_module_stack", "stack_trace")}
     last.replace_all_uses_with(new)
     replaced[last] = new
     for old in reversed(match.nodes):

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from fastgen.models import classifier, unet
+from fastgen.models import autoencoder_kl, classifier, unet
 
 
 @dataclass(frozen=True)
@@ -23,4 +23,7 @@ class Family:
 FAMILIES: dict[str, Family] = {
     "unet": Family(unet.UNetConfig, unet.UNet, unet.PRESETS),
     "classifier": Family(classifier.ClassifierConfig, classifier.Classifier, classifier.PRESETS, samples=False),
+    "autoencoder_kl": Family(
+        autoencoder_kl.AutoencoderKLConfig, autoencoder_kl.AutoencoderKL, autoencoder_kl.PRESETS, samples=False
+    ),
 }

@@ -11,15 +11,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgen import ops
 from fastgen.diffusion.samplers import SamplingDefaults
 from fastgen.diffusion.schedules import DiffusionConfig
+from fastgen.models.blocks import (
+    AttentionBlock,
+    Downsample,
+    Level,
+    MidBlock,
+    ResnetBlock,
+    Upsample,
+    conv2d,
+    norm_act_conv,
+)
 from fastgen.ops.registration import layout
 
 
@@ -28,10 +36,13 @@ class UNetConfig:
     """The network's shape. ``channels`` has one entry a level; each level halves the resolution.
 
     ``num_classes`` adds a class embedding with one more row, the null class of classifier-free
-    guidance. ``time_scale_shift`` conditions by scale and shift after the second norm instead of
-    a bias before it. ``patch_size`` p folds p×p pixels into channels at the entrance and back at
-    the exit. ``head_dim`` None means a single head. ``downsample_padding`` 0 pads right and
-    bottom only, as the original DDPM code did.
+    guidance, unless ``null_class`` is False. ``time_scale_shift`` conditions by scale and shift after
+    the second norm instead of a bias before it. ``patch_size`` p folds p×p pixels into channels at the
+    entrance and back at the exit. ``head_dim`` None means a single head. ``downsample_padding`` 0 pads
+    right and bottom only, as the original DDPM code did. ``up_attention``: attention on the way up, by
+    level like ``attention``, which None repeats. ``mid_attention_groups``: of the norm before the
+    attention in the middle; None is ``num_groups``, 0 no norm. ``center_input``: takes images in [0, 1]
+    and makes 2x - 1 of them.
     """
 
     image_size: int = 32
@@ -51,19 +62,43 @@ class UNetConfig:
     downsample_padding: int = 1
     flip_sin_to_cos: bool = True
     freq_shift: float = 0.0
+    up_attention: tuple[bool, ...] | None = None
+    mid_attention_groups: int | None = None
+    null_class: bool = True
+    center_input: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "channels", tuple(self.channels))
         object.__setattr__(self, "attention", tuple(self.attention))
-        if len(self.attention) != len(self.channels):
-            raise ValueError(f"attention needs one entry per level, {len(self.channels)}, not {len(self.attention)}")
-        bad = [c for c in self.channels if c % self.num_groups or c % (self.head_dim or 1)]
-        if bad:
+        if self.up_attention is not None:  # the same as attention has one spelling
+            up = tuple(self.up_attention)
+            object.__setattr__(self, "up_attention", None if up == self.attention else up)
+        for name, levels in (("attention", self.attention), ("up_attention", self.upwards)):
+            if len(levels) != len(self.channels):
+                raise ValueError(f"{name} needs one entry per level, {len(self.channels)}, not {len(levels)}")
+        last = [False] * (len(self.channels) - 1) + [self.mid_attention]
+        attended = [any(levels) for levels in zip(self.attention, self.upwards, last)]
+        heads = [(self.head_dim or 1) if attends else 1 for attends in attended]
+        if bad := [c for c, head in zip(self.channels, heads) if c % self.num_groups or c % head]:
             raise ValueError(
                 f"channels {bad} are not divisible by num_groups={self.num_groups} and head_dim={self.head_dim}"
             )
+        if not self.mid_attention or self.mid_attention_groups == self.num_groups:
+            object.__setattr__(self, "mid_attention_groups", None)
+        if self.channels[-1] % (self.mid_attention_groups or 1):
+            raise ValueError(f"mid_attention_groups={self.mid_attention_groups} do not divide {self.channels[-1]}")
         if self.image_size % self.multiple:
             raise ValueError(f"image_size must be a multiple of {self.multiple}, not {self.image_size}")
+
+    @property
+    def upwards(self) -> tuple[bool, ...]:
+        """Attention on the way up, by level."""
+        return self.attention if self.up_attention is None else self.up_attention
+
+    @property
+    def class_embeddings(self) -> int | None:
+        """The rows of the class embedding."""
+        return None if self.num_classes is None else self.num_classes + self.null_class
 
     @property
     def multiple(self) -> int:
@@ -100,101 +135,6 @@ def timestep_embedding(t: Tensor, dim: int, *, flip_sin_to_cos: bool = True, fre
     return F.pad(torch.cat(parts, dim=1), (0, dim % 2))
 
 
-class ResnetBlock(nn.Module):
-    """x [N,C,H,W] (with skip [N,C2,H,W] read as a second source) and emb [N,E] -> [N,K,H,W]."""
-
-    def __init__(self, config: UNetConfig, in_channels: int, out_channels: int, embedding: int) -> None:
-        super().__init__()
-        groups, eps = config.num_groups, config.norm_eps
-        self.scale_shift = config.time_scale_shift
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time_emb_proj = nn.Linear(embedding, out_channels * (2 if self.scale_shift else 1))
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps)
-        self.dropout = nn.Dropout(config.dropout)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
-
-    def forward(self, x: Tensor, emb_act: Tensor, skip: Tensor | None = None) -> Tensor:
-        """emb_act: the activated embedding; skip: a second source behind x's channels, not copied."""
-        emb, scale, shift = self.time_emb_proj(emb_act), None, None
-        bias = self.conv1.bias
-        if self.scale_shift:
-            scale, shift = emb.chunk(2, dim=1)
-        else:
-            bias = bias + emb  # one for each image
-        h = _norm_act_conv(self.norm1, self.conv1, x, bias, skip=skip)
-        if self.conv_shortcut is not None:
-            x = _conv(self.conv_shortcut, x, skip=skip)
-        elif skip is not None:
-            x = torch.cat([x, skip], dim=1)
-        if self.training and self.dropout.p > 0:
-            h = self.dropout(_norm_act(self.norm2, h, scale=scale, shift=shift))
-            return _conv(self.conv2, h, residual=x)
-        return _norm_act_conv(self.norm2, self.conv2, h, self.conv2.bias, scale=scale, shift=shift, residual=x)
-
-
-def _norm_act(norm: nn.GroupNorm, x: Tensor, act: str = "silu", **kwargs: Tensor | None) -> Tensor:
-    return ops.group_norm_act(x, norm.num_groups, norm.weight, norm.bias, norm.eps, act, **kwargs)
-
-
-def _norm_act_conv(
-    norm: nn.GroupNorm, conv: nn.Conv2d, x: Tensor, bias: Tensor | None, **kwargs: Tensor | None
-) -> Tensor:
-    return ops.norm_act_conv2d(
-        x, conv.weight, bias, conv.stride, conv.padding, num_groups=norm.num_groups, norm_weight=norm.weight,
-        norm_bias=norm.bias, eps=norm.eps, **kwargs,
-    )  # fmt: skip
-
-
-def _conv(conv: nn.Conv2d, x: Tensor, padding: tuple[int, ...] | None = None, **kwargs: Any) -> Tensor:
-    return ops.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding if padding is None else padding, **kwargs)
-
-
-class AttentionBlock(nn.Module):
-    """Self-attention over the pixels, x [N,C,H,W] -> x + Attention(GroupNorm(x))."""
-
-    def __init__(self, config: UNetConfig, channels: int) -> None:
-        super().__init__()
-        self.heads = channels // (config.head_dim or channels)
-        self.group_norm = nn.GroupNorm(config.num_groups, channels, config.norm_eps)
-        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])  # a list only for diffusers' key "to_out.0"
-
-    def forward(self, x: Tensor) -> Tensor:
-        N, C, H, W = x.shape
-        tokens = _norm_act(self.group_norm, x, act="none").permute(0, 2, 3, 1).reshape(N, H * W, C)
-        q, k, v = (
-            p(tokens).view(N, H * W, self.heads, C // self.heads).transpose(1, 2)
-            for p in (self.to_q, self.to_k, self.to_v)
-        )
-        out = ops.attention(q, k, v).transpose(1, 2).reshape(N, H * W, C)
-        out, last = out.view(N, H, W, C).permute(0, 3, 1, 2), self.to_out[0]
-        return ops.conv2d(out, last.weight[:, :, None, None], last.bias, residual=x)
-
-
-class Downsample(nn.Module):
-    """x [N,C,H,W] -> [N,C,H/2,W/2] by a 3×3 convolution of stride 2."""
-
-    def __init__(self, channels: int, padding: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _conv(self.conv, x, None if self.conv.padding[0] else (0, 1, 0, 1))
-
-
-class Upsample(nn.Module):
-    """x [N,C,H,W] -> [N,C,2H,2W]: nearest, then a 3×3 convolution."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _conv(self.conv, x, upsample=2)
-
-
 class TimeEmbedding(nn.Module):
     """The sinusoids [N, channels] -> [N, E] by two layers."""
 
@@ -205,19 +145,6 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear_2(F.silu(self.linear_1(x)))
-
-
-class Level(nn.Module):
-    """One resolution: residual blocks, attention after each where asked, and the change of size."""
-
-    def __init__(self, blocks: list[ResnetBlock], attentions: list[AttentionBlock]) -> None:
-        super().__init__()
-        self.resnets = nn.ModuleList(blocks)
-        self.attentions = nn.ModuleList(attentions) if attentions else None
-
-    def block(self, i: int, x: Tensor, emb_act: Tensor, skip: Tensor | None = None) -> Tensor:
-        x = self.resnets[i](x, emb_act, skip)
-        return x if self.attentions is None else self.attentions[i](x)
 
 
 class UNet(nn.Module):
@@ -233,12 +160,15 @@ class UNet(nn.Module):
         self.config, self.diffusion, self.sampling = config, diffusion, sampling
         channels, levels, E = config.channels, len(config.channels), 4 * config.channels[0]
         self.time_embedding = TimeEmbedding(channels[0], E)
-        self.class_embedding = None if config.num_classes is None else nn.Embedding(config.num_classes + 1, E)
+        self.class_embedding = None if config.num_classes is None else nn.Embedding(config.class_embeddings, E)
         self.conv_in = nn.Conv2d(config.in_channels * config.patch_size**2, channels[0], 3, padding=1)
 
+        norm = {"groups": config.num_groups, "eps": config.norm_eps}
+        given = {"embedding": E, "scale_shift": config.time_scale_shift, "dropout": config.dropout, **norm}
+
         def level(inputs: list[int], c: int, attention: bool) -> Level:
-            blocks = [ResnetBlock(config, i, c, E) for i in inputs]
-            return Level(blocks, [AttentionBlock(config, c) for _ in inputs] if attention else [])
+            blocks = [ResnetBlock(i, c, **given) for i in inputs]
+            return Level(blocks, [AttentionBlock(c, head_dim=config.head_dim, **norm) for _ in inputs if attention])
 
         skips, width = [channels[0]], channels[0]
         self.down_blocks = nn.ModuleList()
@@ -248,13 +178,14 @@ class UNet(nn.Module):
             self.down_blocks.append(down)
             skips += [c] * (config.layers_per_block + len(down.downsamplers))
             width = c
-        self.mid_block = level([width, width], width, False)
-        if config.mid_attention:
-            self.mid_block.attentions = nn.ModuleList([AttentionBlock(config, width)])
+        middle, groups = [ResnetBlock(width, width, **given) for _ in range(2)], config.mid_attention_groups
+        mid_norm = norm if groups is None else {**norm, "groups": groups or None}
+        attention = [AttentionBlock(width, head_dim=config.head_dim, **mid_norm)] if config.mid_attention else []
+        self.mid_block = MidBlock(middle, attention)
         self.up_blocks = nn.ModuleList()
         for i, c in reversed(list(enumerate(channels))):
             inputs = [(width if j == 0 else c) + skips.pop() for j in range(config.layers_per_block + 1)]
-            up = level(inputs, c, config.attention[i])
+            up = level(inputs, c, config.upwards[i])
             up.upsamplers = nn.ModuleList([Upsample(c)] if i > 0 else [])
             self.up_blocks.append(up)
             width = c
@@ -263,7 +194,8 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor | int, class_labels: Tensor | None = None) -> Tensor:
         """x: [N,C,H,W], the noisy image; t: a number, or a tensor [] or [N], the step in 0 … T-1 (fractions too);
-        class_labels: int64 [N] in 0 … num_classes, where num_classes is the null class (None: all null).
+        class_labels: int64 [N] in 0 … num_classes, where num_classes is the null class (None: all null), if the
+        configuration has one.
 
         Raises ValueError where the shape or the labels do not fit the configuration.
         """
@@ -284,7 +216,8 @@ class UNet(nn.Module):
         emb_act = F.silu(emb)
 
         given = layout(x)
-        x = _conv(self.conv_in, F.pixel_unshuffle(x, config.patch_size) if config.patch_size > 1 else x)
+        x = 2 * x - 1 if config.center_input else x
+        x = conv2d(self.conv_in, F.pixel_unshuffle(x, config.patch_size) if config.patch_size > 1 else x)
         x = x.contiguous(memory_format=torch.channels_last)  # from here on every op keeps it
         skips = [x]
         for down in self.down_blocks:
@@ -294,16 +227,13 @@ class UNet(nn.Module):
             for sample in down.downsamplers:
                 x = sample(x)
                 skips.append(x)
-        x = self.mid_block.resnets[0](x, emb_act)
-        for attention in self.mid_block.attentions or ():
-            x = attention(x)
-        x = self.mid_block.resnets[1](x, emb_act)
+        x = self.mid_block(x, emb_act)
         for up in self.up_blocks:
             for i in range(len(up.resnets)):
                 x = up.block(i, x, emb_act, skips.pop())
             for sample in up.upsamplers:
                 x = sample(x)
-        x = _norm_act_conv(self.conv_norm_out, self.conv_out, x, self.conv_out.bias)
+        x = norm_act_conv(self.conv_norm_out, self.conv_out, x, self.conv_out.bias)
         x = F.pixel_shuffle(x, config.patch_size) if config.patch_size > 1 else x
         return x.contiguous(memory_format=given)
 
@@ -321,6 +251,8 @@ class UNet(nn.Module):
             )
         if t.ndim > 1 or (t.ndim == 1 and t.shape[0] not in (1, x.shape[0])):
             raise ValueError(f"t must be a step, or int64 [{x.shape[0]}], not {list(t.shape)}")
+        if class_labels is None and config.num_classes is not None and not config.null_class:
+            raise ValueError("class_labels must be given: this model has no null class")
         if class_labels is not None:
             if config.num_classes is None:
                 raise ValueError("class_labels were given, but this model is unconditional (num_classes is None)")
