@@ -26,7 +26,9 @@ HELPERS = {
     "conv2d_arguments",
     "convolution",
     "convolution_gpu",
+    "patches",
     "registration",
+    "transposed",
     "vendor",
     "weights",
 }

@@ -16,6 +16,7 @@ from fastgen.acceleration.attention_patterns import attention, written_attention
 from fastgen.acceleration.chains import Chain, Match, activation, idle, image, per_image
 from fastgen.acceleration.facts import Facts, call, calls, number, same, tensor
 from fastgen.ops.conv2d_arguments import four, pair
+from fastgen.ops.convolution import Geometry, strided
 
 Refusal = str
 Matcher = Callable[[Node, Facts, set[Node], bool], "Match | Refusal"]
@@ -71,6 +72,11 @@ def convolution(node: Node, facts: Facts, taken: set[Node], recorded: bool) -> M
     if usual and (match := _with_batch_norm(chain, where | {"transposed": False})) is not None:
         return match
     kernel = tuple(weight.shape[2:])
+    geometry = Geometry(pair(where["stride"]), four(where["padding"]), pair(where["dilation"]), found["groups"])
+    if recorded and strided(x, weight, geometry):
+        constants = where | {"dtype": tensor(node).dtype}
+        given = [found["input"], found["weight"], found["bias"], *[None] * 7]
+        return _finish(chain, "conv2d", fused.convolution, given, constants)
     if not usual or pair(where["stride"]) != (1, 1) or kernel not in ((1, 1), (3, 3)):
         return f"PyTorch's convolution is as fast ({_geometry(found, kernel)})"
     source, upsample = _upsampled(chain, found["input"], kernel == (3, 3) and four(where["padding"]) == (1, 1, 1, 1))

@@ -62,6 +62,7 @@ def conv2d(
         return vendor.convolution(*given[:18])
     geometry = Geometry(pair(stride), four(padding), pair(dilation), groups, upsample)
     fused = skip is not None or residual is not None or given[10] != "none"
+    fused = fused or (not given[18] and convolution.strided(x, weight, geometry))  # whose gradient is worth it
     # Nothing to fuse and no better algorithm: PyTorch's is at the FLOP limit.
     if not fused and convolution.plain(x, weight, bias, geometry) and backends.left_to_pytorch("conv2d", x, backend):
         left, _, top, _ = geometry.padding

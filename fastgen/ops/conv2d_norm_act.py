@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen import backends
-from fastgen.ops import convolution
+from fastgen.ops import convolution, transposed
 from fastgen.ops.activations import ACTIVATIONS, check_act
 from fastgen.ops.batch_norm_act import batch_norm_act, batch_norm_act_reference
 from fastgen.ops.conv2d import ENGINES, conv2d, conv2d_reference
@@ -72,7 +72,9 @@ def conv_transpose2d_norm_act(
     _check(x, weight, bias, geometry, norm, training, act, residual)
     apart = training or backends.left_to_vendor("conv_transpose2d_norm_act", x, backend)
     if apart or _recorded(x, weight, bias, *norm, residual):
-        h = _transposed(x, weight, bias, geometry)
+        ours = not backends.left_to_vendor("conv_transpose2d_norm_act", x, backend)
+        h = transposed.conv_transpose2d if ours and transposed.takes(x, weight, geometry) else None
+        h = _transposed(x, weight, bias, geometry) if h is None else h(x, weight, bias, backend)
         return batch_norm_act(h, *norm, training, momentum, eps, act, residual, backend)
     folded, where = _fold(x, bias, norm, eps), (stride, padding, output_padding)
     return _CONV_TRANSPOSE(x, weight, *folded, *(list(pair(w)) for w in where), residual, act, backend)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen import backends
+from fastgen.ops import patches
 from fastgen.ops.activations import ACTIVATIONS
 from fastgen.ops.group_norm_act import group_norm_act
 from fastgen.ops.registration import vjp, wide
@@ -220,7 +221,8 @@ def forward(
 ) -> Tensor:  # fmt: skip
     """act(conv(prologue([x, skip])) + bias + residual), [N, K, H', W'], by our kernels where they compute it."""
     way = SUBPIXELS if geometry.subpixels(weight) else FORWARD
-    if geometry.ours(weight):
+    # With few of the sums shared by neighbours, PyTorch's convolution is the faster one.
+    if geometry.ours(weight) and not (geometry.stride == (2, 2) and tuple(weight.shape[2:]) == (4, 4)):
         size = geometry.output(*x.shape[2:], *weight.shape[2:])
         y = run(
             x, weight, geometry, way, size, skip=skip, prologue=prologue, bias=bias, residual=residual, act=act,
@@ -250,11 +252,25 @@ def _padded(h: Tensor, geometry: Geometry) -> tuple[Tensor, tuple[int, int]]:
     return (h, (top, left)) if (left, top) == (right, bottom) else (F.pad(h, geometry.padding), (0, 0))
 
 
+def strided(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+    """Whether the weight gradient of a convolution of x is made by products of matrices, PyTorch's being slower."""
+    usual = geometry.upsample == 1 and min(geometry.padding) >= 0 and not geometry.transposed
+    fits = x.dtype == weight.dtype and min(weight.shape[:2]) >= patches.FEW and 1 < max(weight.shape[2:]) <= 4
+    where = (geometry.stride, geometry.dilation, geometry.groups)
+    return usual and fits and patches.worthwhile(x, weight.shape[0], *where)
+
+
 def data_gradient(dy: Tensor, weight: Tensor, geometry: Geometry, size: tuple[int, int]) -> Tensor | None:
-    """The gradient of the (normalised) input, [N, C, *size], channels last; None where PyTorch's is to be used."""
+    """The gradient of the (normalised) input, [N, C, *size], channels last; None where PyTorch's is to be used.
+
+    Of a 4×4 convolution of stride 2 it is the transposed one, by sub-pixels.
+    """
     kh, kw = weight.shape[2:]
     left, _, top, _ = geometry.padding
     plain = geometry.stride == (1, 1) and geometry.upsample == 1
+    back = geometry._replace(transposed=True)
+    if geometry.upsample == 1 and back.subpixels(weight) and size == back.output(*dy.shape[2:], kh, kw):
+        return run(dy, weight, back, SUBPIXELS, size) if strided(dy, weight, geometry) else None
     if not plain or geometry.groups != 1 or geometry.dilation != (1, 1) or not (0 <= top < kh and 0 <= left < kw):
         return None
     back = Geometry(padding=(kw - 1 - left,) * 2 + (kh - 1 - top,) * 2)
@@ -264,10 +280,15 @@ def data_gradient(dy: Tensor, weight: Tensor, geometry: Geometry, size: tuple[in
 def weight_gradient(
     dy: Tensor, x: Tensor, skip: Tensor | None, weight: Tensor, geometry: Geometry, prologue: Prologue | None
 ) -> Tensor | None:
-    """The gradient of weight by Winograd's algorithm; None where PyTorch's is to be used."""
+    """The gradient of weight by Winograd's algorithm, of a strided convolution by products of matrices; None where
+    PyTorch's is to be used."""
     left, _, top, _ = geometry.padding
     same = geometry._replace(padding=(0, 0, 0, 0)) == Geometry() and tuple(weight.shape[2:]) == (3, 3)
     n, k, h, w = dy.shape
+    if skip is None and prologue is None and strided(x, weight, geometry):
+        x, dy = (t.contiguous(memory_format=CHANNELS_LAST) for t in (x, dy))
+        kernel = tuple(weight.shape[2:])
+        return patches.weight_gradient(dy, x, kernel, geometry.stride, geometry.padding).to(weight.dtype)
     if not same or min(left, top) < 0 or weight.dtype not in (torch.float32, torch.float64):
         return None
     algorithm = choose(n, weight.shape[1], k, h, w, 3, 3)

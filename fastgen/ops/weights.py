@@ -70,10 +70,11 @@ class WeightCache:
             return self._checked(weight, key, make, limit)
         # The parameter itself is held, so that nothing else can take its place in memory. Those that were made in
         # inference mode count no versions.
-        known = (id(owner), 0 if owner.is_inference() else owner._version, *key)
-        if known not in trusted:
-            trusted[known] = owner, self._checked(weight, key, make, limit)
-        return trusted[known][1]
+        version, known = 0 if owner.is_inference() else owner._version, (id(owner), *key)
+        found = trusted.get(known)
+        if found is None or found[1] != version:
+            found = trusted[known] = owner, version, self._checked(weight, key, make, limit)
+        return found[2]
 
     def _checked(self, weight: Tensor, key: tuple, make: Callable[[], Tensor], limit: int) -> Tensor:
         values = checksum(weight)
