@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("error:.*fastgen.*:UserWarning"),  # that a call runs as it was written, say
 ]
-OUTPUT, GRADIENT = 1e-4, 1e-3  # relative, in the Frobenius norm
+OUTPUT, GRADIENT, LOSS = 1e-4, 1e-3, 1e-4  # relative, tensors in the Frobenius norm
 BOTH = {"conv_transpose2d_norm_act": 2, "conv2d_norm_act": 2, "conv2d": 1, "reparameterize": 1}
 # What is replaced in training, and where it is another in evaluation without gradients, that. A place that is lost
 # shows here and nowhere else: the model would compute the same, only slower.
@@ -220,12 +220,14 @@ def perturbed(model: nn.Module) -> nn.Module:
 def check_training(foreign: Foreign, accelerated: nn.Module, *networks: nn.Module) -> None:
     """Twenty steps give the losses that they gave: within 1e-4, or where training is chaotic, within four times the
     way that rounding alone takes it off by then. The last call of each of ``networks`` ran what was captured."""
-    plain, other = foreign.build(), perturbed(foreign.build())
-    expected, drifted = train(plain, foreign, 20, batch=2), train(other, foreign, 20, batch=2)
-    losses, drift = train(accelerated, foreign, 20, batch=2), 0.0
-    for i, (a, b, c) in enumerate(zip(losses, expected, drifted, strict=True)):
-        drift = max(drift, abs(c - b) / abs(b))
-        assert abs(a - b) <= max(1e-4, min(4 * drift, 0.05)) * abs(b), (i, a, b)
+    plain = foreign.build()
+    expected, losses = train(plain, foreign, 20, batch=2), train(accelerated, foreign, 20, batch=2)
+    errors = [abs(a - b) / abs(b) for a, b in zip(losses, expected, strict=True)]
+    if max(errors) > LOSS:
+        drifted, drift = train(perturbed(foreign.build()), foreign, 20, batch=2), 0.0
+        for i, (error, b, c) in enumerate(zip(errors, expected, drifted, strict=True)):
+            drift = max(drift, abs(c - b) / abs(b))
+            assert error <= max(LOSS, min(4 * drift, 0.05)), (i, error, drift)
     assert losses[-1] != pytest.approx(losses[0], rel=1e-3)
     state, theirs = accelerated.state_dict(), plain.state_dict()
     assert [(k, v.shape, v.dtype) for k, v in state.items()] == [(k, v.shape, v.dtype) for k, v in theirs.items()]
@@ -233,11 +235,24 @@ def check_training(foreign: Foreign, accelerated: nn.Module, *networks: nn.Modul
         assert any(run.executed for s, run in network.__dict__[ATTRIBUTE].runs.items() if s[:2] == (True, True))
 
 
+def wanting(foreign: Foreign) -> Foreign:
+    """The same, whose inputs want gradients: calls that `test_calls` captured, where that takes long."""
+
+    def draw(batch: int, size: tuple[int, int]) -> tuple[tuple, dict[str, Any]]:
+        args, kwargs = foreign.draw(batch, size)
+        for x in (*args, *kwargs.values()):
+            if isinstance(x, Tensor) and x.is_floating_point():
+                x.requires_grad_()
+        return args, kwargs
+
+    return replace(foreign, draw=draw) if foreign.package else foreign
+
+
 def test_training(pair: Pair) -> None:
     pair.ours.load_state_dict(pair.foreign.build().state_dict())
     for run in pair.ours.__dict__[ATTRIBUTE].runs.values():
         run.executed = 0
-    check_training(pair.foreign, pair.ours, pair.ours)
+    check_training(wanting(pair.foreign), pair.ours, pair.ours)
 
 
 def test_training_of_two_networks() -> None:
