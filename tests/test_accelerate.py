@@ -351,6 +351,105 @@ def test_second_derivatives():
     close(*[[g for g in p if g is not None] for p in penalties], 1e-4)
 
 
+def _shared_norm(block, x):
+    first, second = block.conv1(x), block.conv2(x * 2)
+    first, second = block.bn(first), block.bn(second)  # updates the same statistics, in this order
+    return F.relu(second) * 2 + F.relu(first) + block.conv1(F.silu(block.norm1(x)))
+
+
+def _statistics_read_in_between(block, x):
+    h = block.bn(block.conv1(x))
+    mean = block.bn.running_mean.clone()
+    return F.relu(h) + mean[:, None, None] + block.conv1(F.silu(block.norm1(x)))
+
+
+def _sum_of_a_finer_dtype(block, x):
+    return F.relu(block.bn(block.conv1(x)) + x.double())
+
+
+@pytest.mark.parametrize("forward", [_shared_norm, _statistics_read_in_between, _sum_of_a_finer_dtype])
+def test_batch_norms_that_look_alike(forward):
+    model = Function(forward)
+    model.block.bn = nn.BatchNorm2d(C, momentum=0.5)
+    same(model, image())
+
+
+def test_attention_whose_scores_are_rounded():
+    def forward(block, q, k, v):
+        return torch.div(q @ k.mT, 0.5, rounding_mode="floor").softmax(-1) @ v
+
+    model = fastgen.accelerate(Function(forward), filter=lambda name, module: True)
+    x = [torch.randn(2, 2, 10, 8) for _ in range(3)]
+    close([model(*x)], [forward(None, *x)])
+    assert not places(model)
+
+
+def test_deviations_that_others_see_changed_in_place():
+    def forward(block, mu, logvar, noise):
+        half = 0.5 * logvar
+        z = mu + half.exp_() * noise
+        deviation = torch.exp(0.5 * logvar)
+        y = deviation.mul_(noise).add_(mu)
+        return z, half * 1, y * 1, deviation * 1
+
+    model, x = fastgen.accelerate(Function(forward), filter=lambda name, module: True), torch.randn(3, 4, 8)
+    with torch.no_grad():
+        close(model(*x), forward(None, *x))
+
+
+def test_scale_with_a_multiple_of_one():
+    def forward(block, x, scale, shift):
+        return F.silu(block.norm1(x) * torch.add(scale, 1, alpha=2) + shift)
+
+    same(Function(forward), image(), torch.randn(2, C, 1, 1), torch.randn(2, C, 1, 1))
+
+
+def test_a_concatenation_that_records_no_gradient():
+    def forward(block, x, y):
+        with torch.no_grad():
+            h = torch.cat([x, y], dim=1)
+        return F.conv2d(h, block.conv1.weight.repeat(1, 2, 1, 1), padding=1)
+
+    same(Function(forward), image(), image(), count=1)
+
+
+_OPERATORS = torch.library.Library("fastgen_tests", "DEF")
+_OPERATORS.define("fill(Tensor(a!) x) -> ()")
+_OPERATORS.define("in_memory(Tensor x) -> Tensor")
+_OPERATORS.impl("fill", lambda x: (x.exp_(), None)[1], "CompositeExplicitAutograd")
+_OPERATORS.impl("in_memory", lambda x: x.as_strided((x.numel(),), (1,)).clone(), "CompositeExplicitAutograd")
+_OPERATORS.impl("in_memory", lambda x: x.new_empty(x.numel()), "Meta")
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda x: torch.ops.fastgen_tests.fill(x), lambda x: torch.ops.fastgen_tests.fill.default(x=x),
+        lambda x: torch._foreach_sub_([x], [x.square()]), lambda x: x.__imul__(torch.arange(12.0)),
+    ],
+)  # fmt: skip
+def test_an_input_that_is_written_to_in_unusual_ways(write):
+    def forward(block, x):
+        x = x * 2
+        h = block.norm1(x)
+        write(x)
+        return block.conv1(F.silu(h))
+
+    model, x = Function(forward), image()
+    plain = copy.deepcopy(model)
+    fastgen.accelerate(model, filter=lambda name, module: True)
+    close(run(model, x, grad=False), run(plain, x, grad=False))
+
+
+@pytest.mark.parametrize("function", [torch.ops.fastgen_tests.in_memory, lambda h: torch.dropout_(h * 1, 0.5, True)])
+def test_functions_that_depend_on_how_an_image_lies(function):
+    model, x = Function(lambda block, x: function(block.conv1(x))), image()
+    plain = copy.deepcopy(model)
+    fastgen.accelerate(model)
+    close(run(model, x, grad=False), run(plain, x, grad=False))
+    assert places(model)
+
+
 # What stays as it was
 
 
@@ -442,6 +541,23 @@ def test_a_deep_copy_is_accelerated_too():
         close([z], [fastgen.restore(copy.deepcopy(other))(x)])
     assert not torch.allclose(y, z) and places(other) == places(model)
     assert other.__dict__[ATTRIBUTE] is not model.__dict__[ATTRIBUTE]
+
+
+def test_a_hook_added_after_the_first_call():
+    model, x = fastgen.accelerate(Block()), image()
+    model(x)
+    handle = model.norm1.register_forward_hook(lambda module, args, output: output * 2)
+    close([model(x)], [fastgen.restore(copy.deepcopy(model))(x)])
+    handle.remove()
+    close([model(x)], [fastgen.restore(copy.deepcopy(model))(x)])
+
+
+def test_forward_derivatives_run_as_written():
+    model, x = fastgen.accelerate(Block()), image()
+    with torch.autograd.forward_ad.dual_level():
+        x = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        ours, right = model(x), fastgen.restore(copy.deepcopy(model))(x)
+        close(*[[torch.autograd.forward_ad.unpack_dual(y).tangent] for y in (ours, right)])
 
 
 def test_an_averaged_model():
@@ -644,6 +760,13 @@ def test_verify_passes_and_leaves_no_trace(capsys):
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_verify_knows_the_rounding_of_a_dtype(dtype):
+    model = fastgen.accelerate(Block().to(dtype), verify=image().to(dtype))
+    model(image().to(dtype))
+    assert len(places(model)) == 2
 
 
 def test_verify_puts_back_what_fails(monkeypatch, capsys):

@@ -9,8 +9,8 @@ from __future__ import annotations
 import itertools
 import types
 import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,6 +148,7 @@ def _state(model: nn.Module) -> tuple | None:
         or torch._C._len_torch_dispatch_stack()
         or torch._C._get_tracing_state() is not None
         or torch.fx._symbolic_trace.is_fx_symbolic_tracing()
+        or torch.autograd.forward_ad._current_level >= 0
     ):
         return None
     autocast = (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
@@ -185,7 +186,8 @@ class Run:
             return self.owner.model._call_impl(*args, **kwargs)
         self.executed = self.fresh = 0
         try:
-            result = self.compiled(*args, **kwargs)
+            with nullcontext() if self.owner.options.mode == "infer" else _hooks_are_seen():
+                result = self.compiled(*args, **kwargs)
         except torch._dynamo.exc.TorchDynamoException as error:
             if self.executed:  # part of the forward has run, and must not run again
                 raise
@@ -214,6 +216,17 @@ class Run:
             self.owner.runs = {s: Run(self.owner, True) if r is self else r for s, r in self.owner.runs.items()}
         else:
             self.owner.say(f"captured {self.captures} times more; what fits none of them runs as it was written")
+
+
+@contextmanager
+def _hooks_are_seen() -> Iterator[None]:
+    """Lets Dynamo guard the hooks of modules, which it does not do by default: one added later is a new capture."""
+    config = torch._dynamo.config
+    before, config.skip_nnmodule_hook_guards = config.skip_nnmodule_hook_guards, False
+    try:
+        yield
+    finally:
+        config.skip_nnmodule_hook_guards = before
 
 
 def _first_line(error: Exception) -> str:

@@ -73,7 +73,7 @@ def _queries(chain: Chain, node: Any) -> tuple[Operand, Operand, float] | None:
     scale = 1.0
     while chain.free(node) and set(node.users) <= chain.nodes:
         factor = calls(node, "mul", "div", "mul_")
-        if factor is not None and number(factor["other"]) is not None:
+        if factor is not None and number(factor["other"]) and factor.arguments.get("rounding_mode") is None:
             scale *= factor["other"] if factor.name != "div" else 1 / factor["other"]
             chain.join(node)
             node = factor["input"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,8 @@ from fastgen.ops.activations import NEGATIVE_SLOPE
 class Match:
     """What stands in the graph, and what is to stand there: ``target(*inputs, **constants)``.
 
-    nodes: the chain, in the order of the graph; kind: its words; inputs: nodes and None.
+    nodes: the chain, in the order of the graph; kind: its words; inputs: nodes and None, the first ``statistics`` of
+    which are the running statistics of a batch norm.
     """
 
     kind: str
@@ -27,6 +28,7 @@ class Match:
     target: Callable[..., Any]
     inputs: list[Node | None]
     constants: dict[str, Any] = field(default_factory=dict)
+    statistics: int = 0
 
 
 class Chain:
@@ -77,14 +79,21 @@ class Chain:
         at = self.facts.position[user]
         return any(self.facts.written(n, at) or self.facts.written(n, -1, at) for n in (self.last, user))
 
-    def why_not(self, *inputs: Node | None) -> str | None:
-        """Why the chain may not be computed at its last node from ``inputs``; None if it may."""
+    def why_not(self, *inputs: Node | None, statistics: Sequence[Node | None] = ()) -> str | None:
+        """Why the chain may not be computed at its last node from ``inputs``; None if it may.
+
+        statistics: further inputs, the running statistics of a batch norm of the chain, which it may write to.
+        """
         order = sorted(self.nodes, key=self.facts.position.__getitem__)
         first, last = order[0], order[-1]
         if last is not self.last:
             return "its parts are computed in another order"
         if self.facts.barrier(first, last):
             return "autocast or the recording of gradients changes inside"
+        if self._seen(statistics):
+            return "its running statistics are used by others in between"
+        if any(self._writes_to_others(n, statistics) for n in order):
+            return "it writes to memory that others see"
         position, own = self.facts.position, {storage(n) for n in order if n.op != "placeholder"}
         for node in inputs:
             if node is None:
@@ -102,6 +111,21 @@ class Chain:
             ):
                 return f"{node.name}, which backward needs, is written to later"
         return None
+
+    def _seen(self, statistics: Sequence[Node | None]) -> bool:
+        """Whether another node uses the ``statistics`` after their batch norm, and before the chain's last node."""
+        memory = {storage(n) for n in statistics if n is not None}
+        at = self.facts.position
+        first = min((at[n] for n in self.nodes if calls(n, "batch_norm")), default=at[self.last])
+        between = [n for n, i in at.items() if first < i < at[self.last] and n not in self.nodes]
+        return any(storage(source) in memory for n in between for source in n.all_input_nodes)
+
+    def _writes_to_others(self, node: Node, statistics: Sequence[Node | None]) -> bool:
+        """Whether ``node`` writes to memory, other than that of ``statistics``, that had a name outside the chain
+        before: without the node it would keep its values."""
+        at, own = self.facts.position, {None, *(storage(n) for n in statistics if n is not None)}
+        written = {w for i, w in self.facts.writes if i == at[node]} - own
+        return any(storage(n) in written for n, i in at.items() if i < at[self.last] and n not in self.nodes)
 
     def node_at(self, position: int) -> Node:
         if not hasattr(self, "_order"):

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils._pytree import tree_leaves
 
 _REQUIRED = object()
 
@@ -171,18 +172,24 @@ def mutated(node: Node, owner: GraphModule) -> list[Node]:
     target = node.target
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
     found = call(node)
-    first = [a for a in node.args[:1] if isinstance(a, Node)]
-    first += [node.kwargs["input"]] if isinstance(node.kwargs.get("input"), Node) else []
-    written: list[Any] = [node.kwargs[k] for k in ("out",) if node.kwargs.get(k) is not None]
+    first = tree_leaves((node.args[:1], node.kwargs.get("input")))  # a list where the function takes many
+    written: list[Any] = tree_leaves(node.kwargs.get("out"))
     if found is not None and found.name in ("batch_norm", "instance_norm"):
         written += [found["running_mean"], found["running_var"]]
-    elif _writes_first(node, name):
-        written += first
     elif isinstance(target, torch._ops.HigherOrderOperator):
         written += _written_inside(node, owner)
-    elif isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
-        written += node.args
+    elif isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        written += node.all_input_nodes if any(s.is_mutable for s in _schemas(target)) else []
+    elif _writes_first(node, name):
+        written += first
     return [w for w in written if isinstance(w, Node)]
+
+
+def _schemas(target: torch._ops.OpOverload | torch._ops.OpOverloadPacket) -> list[Any]:
+    """What an operator of torch.ops, or each of its overloads, says of its arguments."""
+    if isinstance(target, torch._ops.OpOverload):
+        return [target._schema]
+    return [getattr(target, overload)._schema for overload in target.overloads()]
 
 
 _IN_PLACE_OPERATORS = {getattr(operator, n) for n in dir(operator) if n.startswith("i") and f"__{n}__" in dir(operator)}
@@ -191,7 +198,8 @@ _IN_PLACE_OPERATORS -= {operator.index, operator.inv, operator.invert}
 
 def _writes_first(node: Node, name: str) -> bool:
     """Whether a function writes to its first argument."""
-    if (name.endswith("_") and not name.endswith("__")) or name == "setitem" or node.target in _IN_PLACE_OPERATORS:
+    in_place = (name.endswith("_") and not name.endswith("__")) or name.startswith("__i") or name == "__setitem__"
+    if in_place or name == "setitem" or node.target in _IN_PLACE_OPERATORS:
         return True
     at = _inplace_position(node.target)
     return bool(node.kwargs.get("inplace") or (at is not None and at < len(node.args) and node.args[at]))

@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 from fastgen.acceleration import calls as fused
 from fastgen.acceleration.attention_patterns import attention, written_attention
 from fastgen.acceleration.chains import Chain, Match, activation, idle, image, per_image
-from fastgen.acceleration.facts import Facts, call, calls, number, same, tensor
+from fastgen.acceleration.facts import Facts, call, calls, number, same, storage, tensor
 from fastgen.ops.conv2d_arguments import four, pair
 from fastgen.ops.convolution import Geometry, strided
 
@@ -41,19 +41,32 @@ def find(owner: GraphModule, recorded: bool) -> tuple[list[Match], list[tuple[No
                 matches.append(match)
             elif match:
                 refused.append((node, match))
+    matches = _without_divided_statistics(matches, facts, taken, refused) if recorded else matches
     _split_concatenations(matches, facts, recorded)
     matches.sort(key=lambda m: facts.position[m.nodes[-1]])
     return matches, refused
 
 
+def _without_divided_statistics(
+    matches: list[Match], facts: Facts, taken: set[Node], refused: list[tuple[Node, Refusal]]
+) -> list[Match]:
+    """The matches but those whose running statistics PyTorch's batch norm updates too: it keeps them for its backward,
+    which our update would then refuse."""
+    plain = [found for n in facts.position if n not in taken and (found := calls(n, "batch_norm")) is not None]
+    shared = {storage(found["running_mean"]) for found in plain} - {None}
+    divided = [m for m in matches if m.statistics and storage(m.inputs[0]) in shared]
+    refused += [(m.anchor, "its running statistics are also those of a norm that stays") for m in divided]
+    return [m for m in matches if m not in divided]
+
+
 def _finish(chain: Chain, op: str, target: Callable, inputs: list[Node | None], constants: dict[str, Any],
-            unchecked: int = 0) -> Match | Refusal:  # fmt: skip
-    """The match of a chain, the first ``unchecked`` of whose inputs its own nodes may write to."""
-    reason = chain.why_not(*inputs[unchecked:])
+            statistics: int = 0) -> Match | Refusal:  # fmt: skip
+    """The match of a chain, the first ``statistics`` of whose inputs its batch norm may write to."""
+    reason = chain.why_not(*inputs[statistics:], statistics=inputs[:statistics])
     if reason is not None:
         return reason
     nodes = sorted(chain.nodes, key=chain.facts.position.__getitem__)
-    return Match(" → ".join(chain.words), op, chain.anchor, nodes, target, inputs, constants)
+    return Match(" → ".join(chain.words), op, chain.anchor, nodes, target, inputs, constants, statistics)
 
 
 # Convolutions
@@ -115,14 +128,14 @@ def _with_batch_norm(chain: Chain, where: dict[str, Any]) -> Match | Refusal | N
     if norm is None or norm["input"] is not chain.anchor or not _norm_known(norm):
         return None
     chain.extend(chain.after(), "batch_norm")
-    residual, act = _residual(chain), _act_after(chain) or "none"
+    residual, act = _residual(chain, one_dtype=True), _act_after(chain) or "none"
     where = {k: v for k, v in where.items() if k != "dilation"}
     constants = where | {k: norm[k] for k in ("training", "momentum", "eps")}
     constants |= {"act": act, "dtype": tensor(chain.anchor).dtype}
     given = [norm["running_mean"], norm["running_var"], found["input"], found["weight"], found["bias"]]
     given += [norm["weight"], norm["bias"], residual]
     op = "conv_transpose2d_norm_act" if where["transposed"] else "conv2d_norm_act"
-    return _finish(chain, op, fused.convolution_batch_norm, given, constants, unchecked=2)
+    return _finish(chain, op, fused.convolution_batch_norm, given, constants, statistics=2)
 
 
 def _norm_known(norm: Any) -> bool:
@@ -186,7 +199,7 @@ def _scale_shift(node: Node, users: list[Node], chain: Chain) -> tuple[Node | No
             continue
         for normed, factor in ((mul["input"], mul["other"]), (mul["other"], mul["input"])):
             plus = calls(factor, "add")
-            if plus is None or not calls(normed, "group_norm") or set(normed.users) != {product}:
+            if plus is None or plus["alpha"] != 1 or not calls(normed, "group_norm") or set(normed.users) != {product}:
                 continue
             if mul.name == "mul_" and normed is not mul["input"]:
                 continue
@@ -207,11 +220,13 @@ def _epilogue(chain: Chain) -> tuple[Node | None, Node | None, str | None]:
     return bias, residual, None if chain.recorded else _act_after(chain)
 
 
-def _residual(chain: Chain) -> Node | None:
-    like = tensor(chain.anchor)
+def _residual(chain: Chain, one_dtype: bool = False) -> Node | None:
+    """What is added to all of the chain's last; ``one_dtype``: only what leaves its dtype as it is."""
+    like = tensor(chain.last)
 
     def fits(other: Any) -> bool:
-        return image(other) is not None and same(tensor(other).shape, like.shape)
+        fitting = image(other) is not None and same(tensor(other).shape, like.shape)
+        return fitting and (not one_dtype or tensor(other).dtype == like.dtype)
 
     chain.skip_idle()
     return _added(chain, fits, "residual")
@@ -290,6 +305,8 @@ def _split_concatenations(matches: list[Match], facts: Facts, recorded: bool) ->
         last = float("inf") if recorded else max(facts.position[m.nodes[-1]] for m in found)
         if any(facts.written(t, facts.position[node], last) for t in (first, second)):
             continue
+        if any(facts.barrier(node, m.nodes[-1]) for m in found):
+            continue
         for match in found:
             match.inputs[0], match.inputs[3] = first, second
             match.nodes.insert(0, node)
@@ -336,10 +353,10 @@ def batch_norm(node: Node, facts: Facts, taken: set[Node], recorded: bool) -> Ma
     if not _norm_known(found):
         return "batch_norm with a cumulative average or without statistics"
     chain = Chain(node, facts, taken, recorded)
-    residual = _residual(chain) if x.ndim == 4 else None
+    residual = _residual(chain, one_dtype=True) if x.ndim == 4 else None
     constants = {k: found[k] for k in ("training", "momentum", "eps")} | {"act": _act_after(chain) or "none"}
     given = [found["running_mean"], found["running_var"], found["input"], found["weight"], found["bias"], residual]
-    return _finish(chain, "batch_norm_act", fused.batch_norm, given, constants, unchecked=2)
+    return _finish(chain, "batch_norm_act", fused.batch_norm, given, constants, statistics=2)
 
 
 # Gaussian latents

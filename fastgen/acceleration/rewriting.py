@@ -176,10 +176,12 @@ def _order(x: Tensor) -> tuple[int, ...]:
     return tuple(sorted(range(x.ndim), key=lambda d: (sizes[d] != 1, -strides[d] if sizes[d] != 1 else 0, d)))
 
 
-_RANDOM = ("dropout", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout", "feature_alpha_dropout", "rrelu",
-           "randn_like", "rand_like", "randint_like", "bernoulli", "bernoulli_", "normal_", "uniform_", "random_",
-           "exponential_", "cauchy_", "geometric_", "log_normal_", "poisson", "gumbel_softmax", "native_dropout",
-           "multi_head_attention_forward", "view_as_complex", "view_as_real", "empty_like")  # fmt: skip
+# Without the underscore of what works in place.
+_RANDOM = ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout",
+           "feature_alpha_dropout", "rrelu", "randn_like", "rand_like", "randint_like", "bernoulli", "normal",
+           "uniform", "random", "exponential", "cauchy", "geometric", "log_normal", "poisson", "binomial",
+           "gumbel_softmax", "native_dropout", "multi_head_attention_forward", "view_as_complex", "view_as_real",
+           "empty_like")  # fmt: skip
 _RAW = ("as_strided", "as_strided_", "set_", "resize_", "resize_as_", "stride", "storage_offset", "data_ptr",
         "is_contiguous", "untyped_storage")  # fmt: skip
 
@@ -194,17 +196,23 @@ def _layout_dependence(node: Node) -> str:
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     if name in _RAW:
         return "raw"
-    if name in _RANDOM:
+    if name.removesuffix("_") in _RANDOM:
         found = call(node)  # a dropout that drops nothing draws nothing
         idle = found is not None and found.name == "dropout" and (found["p"] == 0 or found["training"] is False)
         return "" if idle else "order"
-    if isinstance(node.target, torch._ops.HigherOrderOperator):
+    if isinstance(node.target, torch._ops.HigherOrderOperator) or _foreign(node.target):
         return "order"
     if name == "view" and any(isinstance(a, torch.dtype) for a in node.args):
         return "order"
     module = getattr(node.target, "__module__", None) or "torch"
     known = isinstance(node.target, str) or module.split(".")[0] in ("torch", "_operator", "math", "builtins")
     return "" if known or module == calls.__name__ else "order"
+
+
+def _foreign(target: Any) -> bool:
+    """Whether this is an operator of torch.ops that is not PyTorch's: its kernel may count on the layout it saw."""
+    operator = isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket))
+    return operator and str(target).split(".")[0] not in ("aten", "prims")
 
 
 def _run_on_fakes(owner: GraphModule) -> None:

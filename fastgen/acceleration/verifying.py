@@ -58,7 +58,8 @@ def verify_model(model: nn.Module, args: tuple, kwargs: dict[str, Any], options:
     Each place gets the tensors that it gets in the call, and is held, outputs and gradients, against the same in fp64
     by the tolerance rule: 2 × the error of what stood there + 4·u·max|ref|, or for convolutions, which sum otherwise,
     max(1e-5, 2 × its error) in the Frobenius norm. Raises VerificationError where a whole without the places that fail
-    still differs, by more than 1e-4 (output) or 1e-3 (a gradient), relative.
+    still differs, by more than 1e-4 (output; 2 units of a coarser dtype) or 1e-3 (a gradient), relative, and by more
+    than 4 times the model's own rounding.
     """
     with undisturbed(model), torch.enable_grad():
         observed = observe(model, args, kwargs, options)
@@ -127,10 +128,11 @@ def check_whole(model: nn.Module, args: tuple, kwargs: dict[str, Any], drifts: l
         plain = run()
         noise = _rounding(model, args, kwargs, plain)
     wrong = []
-    for i, (a, b) in enumerate(zip(ours[0], plain[0], strict=True)):
-        if (error := frobenius_error(a, b)) > OUTPUT:
-            wrong.append(f"output {i} by {error:.1e}")
-    for name, a, b, own in zip(names, ours[1], plain[1], noise, strict=True):
+    for i, (a, b, own) in enumerate(zip(ours[0], plain[0], noise[0], strict=True)):
+        limit = max(OUTPUT, 2 * torch.finfo(b.dtype).eps)
+        if _distance(a, b) > max(limit * b.double().norm().item(), 4 * own):
+            wrong.append(f"output {i} by {frobenius_error(a, b):.1e}")
+    for name, a, b, own in zip(names, ours[1], plain[1], noise[1], strict=True):
         if (a is None) != (b is None):
             wrong.append(f"the gradient of {name}, which is missing")
         elif a is not None and _distance(a, b) > max(GRADIENT * b.double().norm().item(), 4 * own):
@@ -148,10 +150,11 @@ def _distance(a: Tensor, b: Tensor) -> float:
     return (a.double() - b.double()).norm().item()
 
 
-def _rounding(model: nn.Module, args: tuple, kwargs: dict[str, Any], plain: Any) -> list[float]:
-    """How far the model's own rounding takes each gradient from the one in fp64: of a bias before a norm, whose
-    gradient is zero, nothing else is left. Zeros where the model does not run in fp64, or draws random numbers."""
-    nothing = [0.0] * len(plain[1])
+def _rounding(model: nn.Module, args: tuple, kwargs: dict[str, Any], plain: Any) -> list[list[float]]:
+    """How far the model's own rounding takes each output and each gradient from the one in fp64: of a bias before a
+    norm, whose gradient is zero, nothing else is left. Zeros where the model does not run in fp64, or draws random
+    numbers."""
+    nothing = [[0.0] * len(given) for given in plain]
     with undisturbed(model), torch.enable_grad():
         torch.manual_seed(0)
         before = torch.get_rng_state()
@@ -164,7 +167,10 @@ def _rounding(model: nn.Module, args: tuple, kwargs: dict[str, Any], plain: Any)
             double = torch.utils._pytree.tree_map(lambda x: _copied(x, torch.float64), (args, kwargs))
             with as_written(exact):
                 output = exact(*double[0], **double[1])
-            grads = gradients(output, [p for p in exact.parameters() if p.requires_grad])
+            found = tensors(output), gradients(output, [p for p in exact.parameters() if p.requires_grad])
         except (RuntimeError, TypeError):
             return nothing
-    return [0.0 if a is None or b is None else _distance(a, b) for a, b in zip(plain[1], grads, strict=True)]
+    return [
+        [0.0 if a is None or b is None else _distance(a, b) for a, b in zip(given, right, strict=True)]
+        for given, right in zip(plain, found, strict=True)
+    ]
