@@ -51,6 +51,8 @@ def accelerate(
     check_rest(rest)
     if filter is not None and not callable(filter):
         raise UsageError(f"filter: must be a function of a name and a module, not {filter!r}")
+    if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
+        raise UsageError("model: DataParallel copies the module at each call; use DistributedDataParallel")
     inner = model.module if isinstance(model, WRAPPERS) else model
     check_model(inner)
     if nothing_to_replace(inner):
