@@ -131,10 +131,11 @@ def _compiled(network: nn.Module, **options: Any) -> nn.Module:
     return network
 
 
-def overhead_row(name: str, bench: Bench, calls: int = 100) -> Row:
+def overhead_row(name: str, bench: Bench, calls: int = 60) -> Row:
     """What a call costs around the captured graph: Dynamo's guards and what stands before them. And the first call.
 
-    Columns: "Dynamo" is torch.compile with a backend that runs what it is given. No gate: there is nothing to compute.
+    Columns: "Dynamo" is torch.compile with a backend that runs what it is given. Each once with the graph at work, and
+    once ("idle") with a graph that returns at once, so that caches stay warm. No gate: there is nothing to compute.
     """
     row = Row("accelerate", f"{name} around the graph", "fp32", bench.device, auto="accelerate")
     foreign = MODELS[name]
@@ -151,29 +152,32 @@ def overhead_row(name: str, bench: Bench, calls: int = 100) -> Row:
             else:
                 fastgen.accelerate(model, mode="infer" if "infer" in label else "auto")
             model(*args, **kwargs)
-            first = time.perf_counter() - start
-            around = [clock.around(lambda model=model: model(*args, **kwargs)) for _ in range(calls)]
-        around.sort()
-        tenth = len(around) // 10
-        row.columns[label] = Cell("unchecked", ms=1e3 * statistics.median(around), p10_ms=1e3 * around[tenth],
-                                  p90_ms=1e3 * around[-1 - tenth], samples=calls)  # fmt: skip
-        row.columns[f"first call, {label}"] = Cell("unchecked", ms=1e3 * first, p10_ms=1e3 * first, p90_ms=1e3 * first)
+            row.columns[f"first call, {label}"] = _cell([time.perf_counter() - start])
+            for clock.idle in (False, True):
+                around = [clock.around(lambda model=model: model(*args, **kwargs)) for _ in range(calls)]
+                row.columns[f"{label}, idle" if clock.idle else label] = _cell(around)
     return row
+
+
+def _cell(seconds: list[float]) -> Cell:
+    tenths = statistics.quantiles(seconds, n=10, method="inclusive") if len(seconds) > 1 else seconds
+    ms = [1e3 * s for s in (statistics.median(seconds), tenths[0], tenths[-1])]
+    return Cell("unchecked", ms=ms[0], p10_ms=ms[1], p90_ms=ms[2], samples=len(seconds))
 
 
 class _Clock:
     """Adds up the time that captured graphs take, so that what a call takes beside them is known."""
 
     def __init__(self) -> None:
-        self.inside = 0.0
+        self.inside, self.idle, self.last = 0.0, False, None
 
     def timed(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*given: Any) -> Any:
-            start = time.perf_counter()
-            try:
-                return forward(*given)
-            finally:
+            if not self.idle:
+                start = time.perf_counter()
+                self.last = forward(*given)
                 self.inside += time.perf_counter() - start
+            return self.last
 
         return run
 
