@@ -547,9 +547,12 @@ def test_a_hook_added_after_the_first_call():
     model, x = fastgen.accelerate(Block()), image()
     model(x)
     handle = model.norm1.register_forward_hook(lambda module, args, output: output * 2)
-    close([model(x)], [fastgen.restore(copy.deepcopy(model))(x)])
+    with pytest.warns(UserWarning, match="hooks changed after its capture"):
+        close([model(x)], [fastgen.restore(copy.deepcopy(model))(x)], 0)
     handle.remove()
+    run_ = next(iter(model._compiled_call_impl.runs.values()))
     close([model(x)], [fastgen.restore(copy.deepcopy(model))(x)])
+    assert run_.executed == 1
 
 
 def test_forward_derivatives_run_as_written():

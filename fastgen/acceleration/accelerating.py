@@ -9,8 +9,8 @@ from __future__ import annotations
 import itertools
 import types
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -164,6 +164,8 @@ class Run:
     def __init__(self, owner: Accelerated, dynamic: bool | None = None) -> None:
         self.owner, self.dynamic = owner, dynamic
         self.captures = self.executed = self.fresh = self.failures = 0
+        self.modules = list(owner.model.modules())
+        self.hooks = _hooks(self.modules)
         options = {"guard_filter_fn": _keep_no_module} if owner.options.mode == "infer" else None
         self.compiled = torch.compile(entry(owner.model), backend=self.backend, dynamic=dynamic, options=options)
 
@@ -184,10 +186,12 @@ class Run:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.failures > 1:
             return self.owner.model._call_impl(*args, **kwargs)
+        if self.owner.options.mode != "infer" and _hooks(self.modules) != self.hooks:
+            self.owner.say("hooks changed after its capture, so it runs as it was written; accelerate it again")
+            return self.owner.model._call_impl(*args, **kwargs)
         self.executed = self.fresh = 0
         try:
-            with nullcontext() if self.owner.options.mode == "infer" else _hooks_are_seen():
-                result = self.compiled(*args, **kwargs)
+            result = self.compiled(*args, **kwargs)
         except torch._dynamo.exc.TorchDynamoException as error:
             if self.executed:  # part of the forward has run, and must not run again
                 raise
@@ -207,6 +211,8 @@ class Run:
 
     def _captured(self) -> None:
         self.captures += 1
+        self.modules = list(self.owner.model.modules())  # one may have been put in another's place
+        self.hooks = _hooks(self.modules)
         if self.captures == 1:
             self.owner.looked_back()
         if self.captures < torch._dynamo.config.recompile_limit:
@@ -218,15 +224,16 @@ class Run:
             self.owner.say(f"captured {self.captures} times more; what fits none of them runs as it was written")
 
 
-@contextmanager
-def _hooks_are_seen() -> Iterator[None]:
-    """Lets Dynamo guard the hooks of modules, which it does not do by default: one added later is a new capture."""
-    config = torch._dynamo.config
-    before, config.skip_nnmodule_hook_guards = config.skip_nnmodule_hook_guards, False
-    try:
-        yield
-    finally:
-        config.skip_nnmodule_hook_guards = before
+def _hooks(modules: list[nn.Module]) -> list[int]:
+    """The hooks of modules, by torch's numbers for them. Dynamo captures those that are there, and looks at them no
+    more, for its guards on them take longer than all others."""
+    return [
+        number
+        for m in modules
+        for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
+        if hooks
+        for number in hooks
+    ]
 
 
 def _first_line(error: Exception) -> str:
