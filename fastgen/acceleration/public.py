@@ -42,9 +42,10 @@ def accelerate(
     rest: what runs everything else: "eager", "inductor" or "auto", which is Inductor on a GPU.
 
     Parameters, keys of the state_dict, hooks, train/eval, devices, dtypes, optimizers, DDP, autocast and gradient
-    checkpoints stay as they were; after hooks are added or removed, accelerate again. A deep copy is accelerated too, a pickled one is not, and a warning says so.
-    Warns, and leaves the model as it is, where there is nothing to replace. Raises UsageError for what is no module,
-    for scripted, quantised, sparse, complex and meta-device models and for one that is compiled already.
+    checkpoints stay as they were; after hooks are added or removed, accelerate again. A deep copy is accelerated too,
+    a pickled one is not, and a warning says so. Warns, and leaves the model as it is, where there is nothing to
+    replace. Raises UsageError for what is no module, for scripted, quantised, sparse, complex and meta-device models
+    and for one that is compiled already.
     """
     if mode not in MODES:
         raise UsageError(f"mode: must be one of {', '.join(MODES)}, not {mode!r}")
