@@ -15,6 +15,7 @@ from tqdm import tqdm
 from fastgen import backends, ops, testing, tuned
 from fastgen.errors import UsageError
 from fastgen.ops import registration, vendor
+from fastgen.tolerance import max_error
 
 WORTH = 0.97  # another configuration must take at most this share of the time: less is noise
 DTYPES = (torch.bfloat16, torch.float32)  # of the shapes that are tuned if nobody gives any
@@ -180,7 +181,7 @@ def _far(results: list[Tensor], reference: list[Tensor]) -> str:
     for result, right in zip(results, reference, strict=True):
         if right.is_floating_point() and right.numel():
             allowed = FAR.get(right.dtype, 3e-2) * max(1e-3, right.abs().max().item())
-            off = testing.max_error(result, right)
+            off = max_error(result, right)
             if not off <= allowed:
                 return f"differs from the reference by {off:.2g}"
     return ""
