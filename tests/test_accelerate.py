@@ -295,8 +295,8 @@ def test_a_hook_sees_what_it_saw():
     model.norm1.register_forward_hook(lambda m, i, o: seen.append(o.detach().clone()))
     model.conv1.register_forward_pre_hook(lambda m, i: (i[0] * 1.25,))
     same(model, image())
-    assert len(seen) == 4 or torch.equal(seen[0], seen[-1])
-    assert len(seen) >= 2
+    assert len(seen) == 4  # ours and theirs, with gradients and without
+    close(seen[::2], seen[1::2])
 
 
 def test_full_backward_hooks():
