@@ -60,7 +60,6 @@ _MUL = _signature("input other")
 _DIV = _signature("input other rounding_mode", rounding_mode=None)
 _SOFTMAX = _signature("input dim _stacklevel dtype", dim=None, _stacklevel=3, dtype=None)
 _CAT = _signature("tensors dim", dim=0)
-_RANDN_LIKE = _signature("input")
 
 # Function, or name of a method -> the name it goes by here, and its arguments.
 _CALLS: dict[Any, tuple[str, dict[str, Any]]] = {}
@@ -87,7 +86,6 @@ for _name, _signed, _targets in (
     ("div", _DIV, (operator.truediv, torch.div, torch.true_divide, "div", "__truediv__")),
     ("exp", _UNARY, (torch.exp, "exp")),
     ("exp_", _UNARY, (torch.exp_, "exp_")),
-    ("randn_like", _RANDN_LIKE, (torch.randn_like,)),
     ("softmax", _SOFTMAX, (F.softmax,)),
     ("softmax", _signature("input dim dtype", dtype=None), (torch.softmax, "softmax")),
     ("matmul", _MUL, (operator.matmul, torch.matmul, torch.bmm, "matmul", "bmm", "__matmul__")),
